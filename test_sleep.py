@@ -1,0 +1,504 @@
+"""Every equation against its literal, slow form, every promise of the README against the code.
+
+The literal forms are written from the formulas alone, in float64, one token at a time. Run with `pytest`.
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from data import IGNORE, TASKS, Rule110, generator, in_held_out, p_one, rule110
+from model import ROPE_BASE, Config, GatedDeltaNet, Hybrid, attention, gated_delta_rule
+from sleep import Memory, Stream, algorithm1, cut, evict, sleep, wake
+
+HERE = Path(__file__).parent
+TINY = ["--cells", "4", "--t", "1", "--d_model", "16", "--n_head", "2", "--batch", "8", "--eval_size", "32",
+        "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def hybrid(layout="asas", window=5, d_model=16, vocab_size=3, dtype="float64"):
+    """A small model in float64, its output projection drawn too: with zeros nothing would show."""
+    model = Hybrid(Config(vocab_size, window, layout, d_model, n_head=2, dtype=dtype))
+    torch.nn.init.normal_(model.out.weight)
+    return model.to(getattr(torch, dtype))
+
+
+def sequences(B=2, windows=3, window=5, rest=3, scored=2):
+    """Random tokens and targets: `windows` full windows unscored, then a short one with `scored` targets."""
+    T = windows * window + rest
+    tokens = torch.randint(3, (B, T))
+    targets = torch.full((B, T), IGNORE)
+    targets[:, -scored:] = torch.randint(2, (B, scored))
+    return tokens, targets
+
+
+# ------------------------------------------------------------------------------------ the literal forms
+
+def literal_delta_rule(q, k, v, log_alpha, beta, S):
+    """Eq. (3) with the delta rule, one token at a time, as printed."""
+    outputs = []
+    for t in range(q.shape[2]):
+        alpha_t, beta_t = log_alpha[:, :, t].exp()[..., None, None], beta[:, :, t][..., None, None]
+        k_t, v_t, q_t = (x[:, :, t, :, None] for x in (k, v, q))  # columns
+        S = alpha_t * S @ (torch.eye(k.shape[-1]).to(S) - beta_t * k_t @ k_t.mT) + beta_t * v_t @ k_t.mT
+        outputs.append((S @ q_t)[..., 0])
+    return torch.stack(outputs, dim=2), S
+
+
+def literal_rotary(x, position):
+    """x (..., size) as size/2 complex numbers, each turned by its own frequency times the position."""
+    half = x.shape[-1] // 2
+    z = torch.complex(x[..., :half], x[..., half:])
+    frequency = torch.tensor([ROPE_BASE ** (-2 * i / x.shape[-1]) for i in range(half)], dtype=x.dtype)
+    z = z * torch.exp(1j * position * frequency)
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+def literal_attention(q, k, v, first=0):
+    """Eq. (2), one query at a time: o_t = V_t^T softmax(K_t q_t / sqrt(d)). Positions start at `first`."""
+    outputs = []
+    for t in range(q.shape[2]):
+        q_t = literal_rotary(q[:, :, t], first + t)
+        K_t = torch.stack([literal_rotary(k[:, :, i], first + i) for i in range(t + 1)], dim=2)
+        weights = torch.softmax((K_t @ q_t[..., None])[..., 0] / math.sqrt(q.shape[-1]), dim=-1)
+        outputs.append((v[:, :, :t + 1].mT @ weights[..., None])[..., 0])
+    return torch.stack(outputs, dim=2)
+
+
+def literal_norm(x):
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+
+def literal_blocks(model, h, S):
+    """One pass of Eq. (5) over a window with an empty cache, from the weights and the literal forms alone."""
+    H, S = model.config.n_head, list(S)
+
+    def heads(x, W):  # (B, L, d) -> (B, H, L, size)
+        return (x @ W.T).unflatten(-1, (H, -1)).transpose(1, 2)
+
+    for i, layer in enumerate(model.layers):
+        x, mixer = literal_norm(h), layer.mixer
+        if model.config.layout[i] == "a":
+            q, k, v = (heads(x, W) for W in mixer.qkv.weight)  # Eq. (1)
+            o = literal_attention(literal_norm(q), literal_norm(k), v)
+        else:
+            q, k, v, gate = (heads(x, W) for W in mixer.qkvg.weight)
+            a, b = ((x @ W.T).transpose(1, 2) for W in mixer.ab.weight)
+            dt = torch.log(1 + torch.exp(a + mixer.dt_bias[:, None]))
+            q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+            o, S[i] = literal_delta_rule(q, k, v, -mixer.A_log.exp()[:, None] * dt, 1 / (1 + torch.exp(-b)), S[i])
+            o = literal_norm(o) * gate / (1 + torch.exp(-gate))
+        h = h + o.transpose(1, 2).flatten(2) @ mixer.out.weight[0].T
+        h = h + (literal_norm(h) @ layer.up.weight[0].T).clamp(min=0) ** 2 @ layer.down.weight[0].T
+    return h, S
+
+
+def literal_algorithm1(model, tokens, targets, loops):
+    """Algorithm 1, from the paper's words. -> the mean cross-entropy of the scored tokens."""
+    L = model.config.window
+    B, size = len(tokens), model.config.d_model // model.config.n_head
+    S = [torch.zeros(B, model.config.n_head, size, size, dtype=torch.float64) if kind == "s" else None
+         for kind in model.config.layout]
+    losses = []
+    while tokens.shape[1]:
+        window, scored, tokens, targets = tokens[:, :L], targets[:, :L], tokens[:, L:], targets[:, L:]
+        h = model.embed.weight[window]
+        if (scored == IGNORE).all():
+            for _ in range(loops):
+                h, S = literal_blocks(model, h, S)
+        else:
+            h, S = literal_blocks(model, h, S)
+            log_p = torch.log_softmax(literal_norm(h) @ model.out.weight[0].T, dim=-1)
+            losses += [-log_p[b, t, scored[b, t]] for b, t in product(range(B), range(window.shape[1]))
+                       if scored[b, t] != IGNORE]
+    return torch.stack(losses).mean()
+
+
+# ----------------------------------------------------------------------------------- 1. the delta rule
+
+def delta_rule_inputs(L, dtype=torch.float64, collinear=False, B=2, H=3, K=4, V=5):
+    q, k, v = torch.randn(B, H, L, K), torch.randn(B, H, L, K), torch.randn(B, H, L, V)
+    log_alpha, beta = -torch.rand(B, H, L), torch.rand(B, H, L)
+    if collinear:
+        k, log_alpha, beta = torch.randn(B, H, 1, K) + 1e-3 * k, 1e-3 * log_alpha, 1 - 1e-3 * beta
+    inputs = q, F.normalize(k, dim=-1), v, log_alpha, beta, torch.randn(B, H, V, K)
+    return [x.to(dtype).requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("collinear", [False, True])
+@pytest.mark.parametrize("L", [1, 4, 24, 75])
+def test_delta_rule_equals_token_loop(L, collinear):
+    """Guards Eq. (3): a wrong decay, a transposed S, a mask after exp, an inverse that explodes."""
+    inputs = delta_rule_inputs(L, collinear=collinear)
+    ours, literal = gated_delta_rule(*inputs), literal_delta_rule(*inputs)
+    cotangents = [torch.randn_like(x) for x in literal]
+    ours_grads = torch.autograd.grad(ours, inputs, cotangents)
+    for a, b in zip((*ours, *ours_grads), (*literal, *torch.autograd.grad(literal, inputs, cotangents))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_delta_rule_in_float32_with_collinear_keys():
+    """Guards the training precision: powers of the triangular matrix reach 1e11 here, substitution does not."""
+    inputs = [x.detach() for x in delta_rule_inputs(75, torch.float32, collinear=True)]
+    for a, b in zip(gated_delta_rule(*inputs), literal_delta_rule(*(x.double() for x in inputs))):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------- 2. attention
+
+@pytest.mark.parametrize("L", [1, 7, 24])
+def test_attention_equals_eq2(L):
+    """Guards Eq. (2): mask off by one, wrong scale, wrong rotation. Only relative positions may matter."""
+    inputs = [torch.randn(2, 3, L, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    o, _ = attention(*inputs)
+    cotangent = torch.randn_like(o)
+    for first in (0, 1000):
+        literal = literal_attention(*inputs, first=first)
+        torch.testing.assert_close(o, literal)
+        for a, b in zip(torch.autograd.grad(o, inputs, cotangent, retain_graph=True),
+                        torch.autograd.grad(literal, inputs, cotangent)):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 9, [4, 5], [1, 6, 2]])
+def test_attention_with_cache_equals_all_at_once(pieces):
+    """Guards the cache: positions or masks that forget how much is cached already."""
+    q, k, v = torch.randn(3, 2, 3, 9, 8, dtype=torch.float64)
+    whole, _ = attention(q, k, v)
+    cache, parts = None, []
+    for piece in zip(*(x.split(pieces, dim=2) for x in (q, k, v))):
+        o, cache = attention(*piece, cache)
+        parts.append(o)
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole)
+    assert cache.k.shape[2] == 9
+
+
+# ----------------------------------------------------------------------------------- 3. Algorithm 1
+
+@pytest.mark.parametrize("layout, loops", [("asas", 1), ("asas", 2), ("as", 4), ("aaaa", 2), ("sa", 3)])
+def test_algorithm1_equals_its_words(layout, loops):
+    """Guards Eq. (1) to (6) and Algorithm 1 as a whole: values, and gradients of every parameter."""
+    model, (tokens, targets) = hybrid(layout), sequences(rest=4, scored=3)
+    loss = algorithm1(model, tokens, targets, loops)[0]
+    literal = literal_algorithm1(model, tokens, targets, loops)
+    torch.testing.assert_close(loss, literal)
+    parameters = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad(x, parameters, allow_unused=True, materialize_grads=True)
+                      for x in (loss, literal))):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_one_loop_is_the_plain_hybrid():
+    """Guards "N = 1 is no special case": awake passes over every window give the same logits, bitwise."""
+    model, (tokens, targets) = hybrid(), sequences()
+    memory = model.empty_memory(len(tokens))
+    for window in tokens.split(5, dim=1):
+        logits, memory = wake(model, window, memory)
+        memory = evict(memory)
+    assert torch.equal(algorithm1(model, tokens, targets, 1)[1], logits)
+    assert not torch.equal(algorithm1(model, tokens, targets, 2)[1], logits)
+
+
+def test_cut_finds_the_scored_windows():
+    """Guards the kind of a window: one scored token anywhere makes it a prediction window."""
+    targets = torch.full((2, 12), IGNORE)
+    targets[1, 6] = targets[0, 11] = 1
+    assert cut(targets, 5) == [(0, 5, False), (5, 10, True), (10, 12, True)]
+
+
+def test_last_window_may_hold_context_query_and_answer():
+    """Guards tasks whose length is no multiple of L: such a window is read once, whatever N is."""
+    model, (tokens, targets) = hybrid(window=50), sequences()
+    assert torch.equal(algorithm1(model, tokens, targets, 1)[1], algorithm1(model, tokens, targets, 4)[1])
+
+
+# ---------------------------------------------------------------------------------------- 4. streaming
+
+@pytest.mark.parametrize("loops", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["asas", "sa"])
+def test_stream_equals_algorithm1(layout, loops):
+    """Guards "train on windows, use token by token": state that differs between the two readings."""
+    model, (tokens, targets) = hybrid(layout), sequences()
+    stream = Stream(model, loops, batch_size=len(tokens))
+    logits = torch.stack([stream.feed(token) for token in tokens.T], dim=1)
+    torch.testing.assert_close(logits[:, -3:], algorithm1(model, tokens, targets, loops)[1])
+
+
+def test_one_loop_repeats_the_provisional_state():
+    """Guards "the S read awake is provisional; for N = 1 sleep computes it again" (and not for N = 2)."""
+    model, window = hybrid(), torch.randint(3, (2, 5))
+    start = memory = model.empty_memory(2)
+    for token in window.T:
+        _, memory = wake(model, token[:, None], memory)
+    slept = [sleep(model, window, start, loops).S[1] for loops in (1, 2)]
+    torch.testing.assert_close(slept[0], memory.S[1])
+    assert (slept[1] - memory.S[1]).abs().max() > 1e-3
+
+
+def test_stream_memory_is_bounded():
+    """Guards "constant in size": bytes that grow with the text, or a cache longer than L."""
+    stream = Stream(hybrid(), loops=2)
+    sizes = []
+    for _ in range(40):
+        stream.feed(torch.zeros(1, dtype=torch.long))
+        sizes.append(stream.memory.bytes())
+    one_token = 2 * 2 * 16 * 8  # two attention blocks, keys and values, d = 16, 8 bytes each
+    assert [size["cache"] for size in sizes] == [one_token * ((i + 1) % 5) for i in range(40)]
+    assert {size["S"] for size in sizes} == {2 * 2 * 8 * 8 * 8}  # two blocks, two heads of 8 x 8, 8 bytes each
+
+
+# ------------------------------------------------------------------------------ 5. the information path
+
+def test_only_S_crosses_the_boundary():
+    """Guards the claim itself: evicted tokens reach the future through S, and through nothing else."""
+    model, window = hybrid(), torch.randint(3, (2, 5))
+    query = torch.randint(3, (2, 2))
+    first, second = (evict(sleep(model, w, model.empty_memory(2), 2)) for w in (window, (window + 1) % 3))
+    held = second._replace(S=first.S)
+    logits = [wake(model, query, memory)[0] for memory in (first, second, held)]
+    assert torch.equal(logits[0], logits[2])
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+def test_gradients_reach_sleep_through_S_only():
+    """Guards backpropagation through everything: attached it reaches the window, detached it does not."""
+    model, window, query = hybrid(), torch.randint(3, (1, 5)), torch.tensor([[2]])
+    for attached in (True, False):
+        embedded = []
+        forget = model.embed.register_forward_hook(lambda *hook: embedded.append(hook[2].requires_grad_()))
+        memory = evict(sleep(model, window, model.empty_memory(1), 2))
+        if not attached:
+            memory = Memory(memory.cache, tuple(S if S is None else S.detach() for S in memory.S))
+        logits, _ = wake(model, query, memory)
+        forget.remove()
+        embedded[0].retain_grad()
+        logits.sum().backward()
+        assert (embedded[0].grad is not None and embedded[0].grad.abs().max() > 0) == attached
+
+
+def test_every_pass_contributes_its_gradient():
+    """Guards a detach between passes: the derivative in each pass's own direction, by finite differences."""
+    model, window, query = hybrid(), torch.randint(3, (1, 5)), torch.tensor([[2]])
+    directions = torch.randn(3, 1, 5, 16, dtype=torch.float64)
+
+    def answer(shift):  # the embedding of the window enters pass n displaced by shift_n
+        memory, h = model.empty_memory(1), model.embed(window)
+        original, pass_number = model.blocks, iter(range(3))
+        model.blocks = lambda h, memory: original(h + shift[n] * directions[n]
+                                                  if (n := next(pass_number, None)) is not None else h, memory)
+        try:
+            return wake(model, query, evict(sleep(model, window, memory, 3)))[0][0, 0, 0]
+        finally:
+            del model.blocks
+
+    shift = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    gradient, = torch.autograd.grad(answer(shift), shift)
+    for n, step in enumerate(1e-6 * torch.eye(3, dtype=torch.float64)):
+        with torch.no_grad():
+            difference = (answer(step) - answer(-step)) / 2e-6
+        torch.testing.assert_close(gradient[n], difference, rtol=1e-5, atol=1e-9)
+        assert gradient[n].abs() > 1e-6
+
+
+# ------------------------------------------------------------------------------------- 6. independence
+
+def test_causality():
+    """Guards the future: a token's logits and every earlier one's do not depend on later tokens."""
+    model, tokens = hybrid(window=9), torch.randint(3, (2, 9))
+    changed = tokens.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % 3
+    a, b = (wake(model, x, model.empty_memory(2))[0] for x in (tokens, changed))
+    assert torch.equal(a[:, :6], b[:, :6]) and not torch.isclose(a[:, 6:], b[:, 6:]).all(-1).any()
+
+
+def test_rows_of_a_batch_are_independent():
+    """Guards mixing of sequences: a norm or a state shared over the batch."""
+    model, (tokens, targets) = hybrid(), sequences(B=3)
+    together = algorithm1(model, tokens, targets, 2)[1]
+    for i in range(3):
+        torch.testing.assert_close(together[i:i + 1], algorithm1(model, tokens[i:i + 1], targets[i:i + 1], 2)[1])
+
+
+# ------------------------------------------------------------------------------------------- 7. Rule 110
+
+@pytest.mark.parametrize("rule", [0, 30, 90, 110, 255])
+@pytest.mark.parametrize("cells", [3, 8])
+def test_rule110_equals_double_loop(rule, cells):
+    """Guards the automaton: left and right swapped, fixed ends, another bit order of the rule."""
+    state = torch.randint(2, (2, 5, cells))
+    table = f"{rule:08b}"[::-1]
+    for steps in (0, 1, 7):
+        expected = state.clone()
+        for a, b in product(range(2), range(5)):
+            row = expected[a, b].tolist()
+            for _ in range(steps):
+                row = [int(table[int(f"{row[i - 1]}{row[i]}{row[(i + 1) % cells]}", 2)]) for i in range(cells)]
+            expected[a, b] = torch.tensor(row)
+        assert torch.equal(rule110(state, steps, rule), expected)
+
+
+def test_rule110_by_hand():
+    """Guards the definition: neighbourhoods 111 110 101 100 011 010 001 000 give 0 1 1 0 1 1 1 0."""
+    state = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0])
+    assert rule110(state, 1).tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert rule110(state, 2).tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
+    assert rule110(state, 3).tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
+    assert rule110(torch.tensor([1, 0, 0, 0]), 1).tolist() == [1, 0, 0, 1]  # over the edge of the ring
+
+
+def test_batch_layout_and_labels():
+    """Guards the labels: an answer of another state, answers shifted by one, an answer among its inputs."""
+    task = Rule110(cells=6, states=3, t=5)
+    tokens, targets = task.batch(50, generator(0, 0))
+    assert tokens.shape == targets.shape == (50, task.length)
+    assert (targets[:, :-3] == IGNORE).all() and (tokens[:, 18] == task.QUERY).all()
+    for row, target in zip(tokens, targets):
+        answers = [rule110(row[6 * i:6 * i + 6], 5)[0].item() for i in range(3)]
+        assert target[-3:].tolist() == answers and row[19:].tolist() == answers[:-1]
+
+
+def test_train_and_held_out_states_are_disjoint():
+    """Guards "evaluated on states never trained on"; and the hash keeps about one state in eight."""
+    task = Rule110(cells=8, states=2, t=3)
+    seen = {split: {tuple(state) for state in
+                    task.batch(4000, generator(0, 0), split)[0][:, :16].reshape(-1, 8).tolist()}
+            for split in ("train", "held-out")}
+    assert not seen["train"] & seen["held-out"] and len(seen["train"] | seen["held-out"]) == 256
+    held_out = in_held_out(torch.randint(2, (100_000, 24))).double().mean().item()
+    assert abs(held_out - 1 / 8) < 0.005
+
+
+@pytest.mark.parametrize("cells, t, rule", [(3, 2, 110), (7, 9, 110), (8, 3, 30), (11, 4, 110), (6, 0, 90)])
+def test_floor_equals_counting(cells, t, rule):
+    """Guards the floor: without the right one a figure misleads."""
+    states = torch.tensor(list(product([0, 1], repeat=cells)))
+    p = rule110(states, t, rule)[:, 0].double().mean().item()
+    assert p_one(cells, t, rule) == p
+    assert Rule110(cells, 3, t, rule).floor() == max(p, 1 - p) ** 3
+
+
+def test_floor_of_the_paper():
+    """Guards the numbers quoted beside the paper's: t = 4, 8, 12, 16, 32 at 24 cells and 4 states."""
+    floors = [f"{Rule110(24, 4, t).floor():.2%}" for t in (4, 8, 12, 16, 32)]
+    assert floors == ["8.20%", "8.54%", "8.72%", "9.55%", "9.95%"]
+
+
+def test_generators_differ():
+    """Guards the seeding: the CPU generator drops the high half of a seed."""
+    draws = [torch.randint(2**60, (), generator=generator(*key)).item()
+             for key in product(range(4), range(2), range(4))]
+    assert len(set(draws)) == len(draws)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_show_and_class_example(name):
+    """Guards the worked example: aligned columns, one for each token."""
+    lines = TASKS[name]().show().splitlines()
+    assert len({len(line.split()) for line in lines[1:4]}) == 1 and "floor" not in lines[1]
+
+
+# ------------------------------------------------------------------------------------- 8. optimizers
+
+def test_every_parameter_is_in_one_group():
+    """Guards training by halves: a parameter without optimizer, with two, or a gate given to Muon's norm."""
+    model = hybrid()
+    optimizers = train.make_optimizers(model, 1e-3, 1e-3)
+    ids = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
+    assert sorted(sum(ids, [])) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[i].split(".")[-1] for i in ids[1]} == {"weight", "A_log", "dt_bias"}
+    assert all(group["weight_decay"] == 0 for group in optimizers[1].param_groups)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
+def test_muon_equals_torch_muon(shape):
+    """Guards the update: momentum, Nesterov, coefficients, scale. torch's rounds to bfloat16: 2 % in norm."""
+    ours = torch.nn.Parameter(torch.randn(3, *shape))
+    theirs = [torch.nn.Parameter(x.clone()) for x in ours.data]
+    a, b = train.Muon([ours], lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0)
+    start = ours.detach().clone()
+    for _ in range(3):
+        ours.grad = torch.randn_like(ours)
+        for p, g in zip(theirs, ours.grad):
+            p.grad = g.clone()
+        a.step()
+        b.step()
+    difference = torch.stack(theirs).detach() - ours.detach()
+    assert difference.norm() < 0.02 * (ours.detach() - start).norm()
+
+
+def test_start_values_survive_construction():
+    """Guards GDN's own start values against a generic initialisation pass."""
+    layer = Hybrid(Config(3, 24, "s", d_model=512, n_head=128)).layers[0].mixer
+    assert isinstance(layer, GatedDeltaNet)
+    A, dt = layer.A_log.exp(), F.softplus(layer.dt_bias)
+    assert 0.01 <= A.min() < 1 < 15 < A.max() <= 16
+    assert 1e-3 * 0.999 <= dt.min() < 2e-3 and 5e-2 < dt.max() <= 1e-1 * 1.001
+
+
+# ---------------------------------------------------------------------------------- 9. reproducibility
+
+def lines_of(folder):
+    """The log without the one thing that may differ, wall-clock time."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "command")} for line in lines]
+
+
+def weights_of(folder, loops):
+    return torch.load(Path(folder) / f"N{loops}.pt", weights_only=True)["model"]
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_same_seed_same_numbers_and_evaluation_disturbs_nothing(tmp_path):
+    """Guards reproducibility: global random state, or an evaluation that draws training's numbers."""
+    base = [*TINY, "--steps", "12", "--loops", "2"]
+    for name, extra in (("a", []), ("b", []), ("often", ["--eval_every", "1"]), ("seed", ["--seed", "2"])):
+        assert train.main([*base, *extra, "--out", str(tmp_path / name)]) == 0
+    assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
+    weights = {name: weights_of(tmp_path / name, 2) for name in ("a", "b", "often", "seed")}
+    assert same_weights(weights["a"], weights["b"]) and same_weights(weights["a"], weights["often"])
+    assert not same_weights(weights["a"], weights["seed"])
+
+
+@pytest.mark.parametrize("stop_after", [3, 7, 17])
+def test_resume_is_exact(tmp_path, monkeypatch, capsys, stop_after):
+    """Guards --resume: Ctrl-C after any step, in the first model or the second, then on: bitwise the same."""
+    base = [*TINY, "--steps", "10", "--eval_every", "4", "--loops", "1,2"]
+    assert train.main([*base, "--out", str(tmp_path / "whole")]) == 0
+    calls, factor = iter(range(1, 100)), train.lr_factor
+
+    def interrupting(step, steps):
+        if next(calls) == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return factor(step, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "lr_factor", interrupting)
+        assert train.main([*base, "--out", str(tmp_path / "cut")]) == 130
+    assert f"--resume {tmp_path / 'cut'}" in capsys.readouterr().err
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+    assert lines_of(tmp_path / "whole")[1:] == lines_of(tmp_path / "cut")[1:]
+    assert [line["step"] for line in lines_of(tmp_path / "cut")[1:]] == [4, 8, 10] * 2
+    for loops in (1, 2):
+        assert same_weights(*(weights_of(tmp_path / name, loops) for name in ("whole", "cut")))
+    assert not list(tmp_path.glob("*/*.tmp"))
