@@ -1,7 +1,8 @@
-"""The hybrid: attention blocks with a short-term cache, SSM blocks with fast weights S (Eq. 1 to 5).
+"""The hybrid: attention blocks with a short-term cache, SSM blocks with fast weights S (Eq. 1 to
+5).
 
-The letters are explained at the top of sleep.py. The mathematics stands in two plain functions of tensors,
-`attention` and `gated_delta_rule`; the modules around them only hold weights.
+The letters are explained at the top of sleep.py. The mathematics stands in two plain functions of
+tensors, `attention` and `gated_delta_rule`; the modules around them only hold weights.
 """
 
 import math
@@ -12,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sleep import Cache, Memory
+from sleep import Cache, Memory, Tail
 
-# Rotary wavelengths run from 2 pi to almost 2 pi ROPE_BASE tokens. Within L = 24 tokens the usual base of
-# 10,000 would leave most pairs of coordinates unrotated; with 100, three quarters of them tell positions apart.
+# Rotary wavelengths run from 2 pi to almost 2 pi ROPE_BASE tokens. Within a window of 24 tokens the
+# usual 10,000 would leave most pairs of coordinates unrotated; 100 lets them tell positions.
 ROPE_BASE = 100.0
 
 
 @dataclass
 class Config:
-    """A model's shape. Raises ValueError, in one line that begins with the field, where it is impossible."""
+    """A model's shape. Raises ValueError, in one line that begins with the field, where it is
+    impossible."""
     vocab_size: int
     window: int             # L: tokens between evictions
     layout: str = "asas"    # one letter a block, a = attention, s = SSM; "asas" is the paper's
@@ -36,16 +38,17 @@ class Config:
         if self.d_model < 1:
             raise ValueError(f"d_model {self.d_model}: must be at least 1")
         if self.n_head < 1 or self.d_model % (2 * self.n_head):
-            raise ValueError(f"n_head {self.n_head}: must divide d_model {self.d_model} into heads of even size")
+            raise ValueError(f"n_head {self.n_head}: must divide d_model {self.d_model} "
+                             "into heads of even size")
         if self.window < 1:
             raise ValueError(f"window {self.window}: must be at least 1")
 
 
-# ------------------------------------------------------------------------------ the two sequence mixers
+# -------------------------------------------------------------------------- the two sequence mixers
 
 @lru_cache
-def rotation(length: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, size / 2) of the rotary angles at positions 0, 1, ..."""
+def rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
+    """cos and sin, each (length, size / 2), of the rotary angles at positions 0, 1, ..."""
     frequency = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=dtype, device=device) / size)
     angle = torch.arange(length, dtype=dtype, device=device)[:, None] * frequency
     return angle.cos(), angle.sin()
@@ -60,17 +63,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
     """Causal softmax attention (Eq. 2) over the cache and then these L tokens.
 
-    q, k (B, H, L, K), v (B, H, L, V) -> o (B, H, L, V) and the cache grown by L.
-    Choice: rotary positions. Only differences of positions matter, so they are counted from the oldest
-    token in the cache, keys are cached unrotated, and no absolute position outlives an eviction.
+    q, k (B, H, L, K), v (B, H, L, V) -> o (B, H, L, V) and the cache grown by L. Only differences
+    of rotary positions matter, so they are counted from the oldest token in the cache, keys are
+    cached unrotated, and no absolute position outlives an eviction.
     """
     if cache is not None:
         k, v = torch.cat([cache.k, k], dim=2), torch.cat([cache.v, v], dim=2)
     L, C = q.shape[2], k.shape[2]
     cos, sin = rotation(C, q.shape[3], torch.promote_types(q.dtype, torch.float32), q.device)
+    q, turned = rotate(q, cos[C - L:], sin[C - L:]), rotate(k, cos, sin)  # Choice: rotary positions
     visible = torch.ones(L, C, dtype=torch.bool, device=q.device).tril(C - L)
-    o = F.scaled_dot_product_attention(  # Eq. (2)
-        rotate(q, cos[C - L:], sin[C - L:]), rotate(k, cos, sin), v, attn_mask=visible)
+    o = F.scaled_dot_product_attention(q, turned, v, attn_mask=visible)   # Eq. (2)
     return o, Cache(k, v)
 
 
@@ -83,36 +86,36 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: T
     q, k (B, H, L, K), v (B, H, L, V), log_alpha <= 0 and beta in (0, 1) (B, H, L), S (B, H, V, K)
     -> o (B, H, L, V) and the S after the window. All of one dtype. The caller normalises k.
 
-    Token t really writes u_t k_t^T with u_t = beta_t (v_t - alpha_t S_{t-1} k_t). Unrolling S_{t-1} into the
-    starting S and the earlier writes makes the L vectors u a lower triangular system. Solve it by
-    substitution only: its keys are nearly collinear, and an inverse by powers explodes.
+    Token t really writes u_t k_t^T with u_t = beta_t (v_t - alpha_t S_{t-1} k_t). Unrolling S_{t-1}
+    into the starting S and the earlier writes makes the L vectors u a lower triangular system.
+    Solve it by substitution only: its keys are nearly collinear, and an inverse by powers explodes.
     """
     L = q.shape[2]
-    g = log_alpha.cumsum(-1)                                    # (B, H, L): log gamma
+    g = log_alpha.cumsum(-1)                                    # (B, H, L), log gamma
     future = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
-    # D_ij = prod of alpha over (j, i], 0 for j > i. Masked before exp: after it, gradients would be NaN.
+    # D_ij = product of alpha over (j, i], 0 for j > i. Masked after exp, gradients would be NaN.
     D = (g[..., :, None] - g[..., None, :]).masked_fill(future, -math.inf).exp()    # (B, H, L, L)
-    gamma, beta = g.exp()[..., None], beta[..., None]           # (B, H, L, 1): decay since the start
-    A = beta * (k @ k.mT) * D                                   # (B, H, L, L), its diagonal is not read
-    u = torch.linalg.solve_triangular(                          # (B, H, L, V)
-        A, beta * (v - gamma * (k @ S.mT)), upper=False, unitriangular=True)
-    o = gamma * (q @ S.mT) + (q @ k.mT * D) @ u                 # Eq. (3), read
-    S = gamma[:, :, -1:] * S + (D[:, :, -1, :, None] * u).mT @ k  # Eq. (3), delta rule
+    gamma, beta = g.exp()[..., None], beta[..., None]           # (B, H, L, 1): decay from the start
+    A = beta * (k @ k.mT) * D                                   # (B, H, L, L), diagonal not read
+    w = beta * (v - gamma * (k @ S.mT))                         # (B, H, L, V)
+    u = torch.linalg.solve_triangular(A, w, upper=False, unitriangular=True)
+    o = gamma * (q @ S.mT) + (q @ k.mT * D) @ u                   # Eq. (3): read
+    S = gamma[:, :, -1:] * S + (D[:, :, -1, :, None] * u).mT @ k  # Eq. (3): delta rule
     return o, S
 
 
-# --------------------------------------------------------------------------------------------- modules
+# ------------------------------------------------------------------------------------------ modules
 
 def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis, without weight: the matrix that follows can hold one."""
+    """RMS norm over the last axis, without a weight: the matrix that follows can hold it."""
     return F.rms_norm(x, x.shape[-1:])
 
 
 class Matrices(nn.Module):
     """n linear maps d_in -> d_out without bias as one product: x (..., d_in) -> (..., n d_out).
 
-    The weight is a stack (n, d_out, d_in), so that Muon orthogonalises each map by itself, and is cast to
-    the dtype of x.
+    The weight is a stack (n, d_out, d_in), so that Muon orthogonalises each map by itself, and is
+    cast to the dtype of x.
     """
 
     def __init__(self, d_in: int, d_out: int, n: int = 1):
@@ -136,29 +139,53 @@ class Attention(nn.Module):
         B, L, d = x.shape
         heads = self.qkv(x).view(B, L, 3, self.n_head, -1)  # Eq. (1)
         q, k, v = heads.permute(2, 0, 3, 1, 4)              # each (B, H, L, K)
-        o, cache = attention(norm(q), norm(k), v, cache)    # Choice: norm of q and k
+        o, cache = attention(norm(q), norm(k), v, cache)    # Choice: normed q and k
         return self.out(o.transpose(1, 2).reshape(B, L, d)), cache, S
 
 
+class ShortConv(nn.Module):
+    """Causal depthwise convolution over 4 tokens and SiLU: x (B, L, channels), tail -> y, new tail.
+
+    Written as four shifted products: faster than conv1d at these sizes. The tail, the 3 inputs
+    before these, is short-term memory: like keys and values it is evicted after the window and made
+    anew in each pass asleep.
+    """
+    SIZE = 4
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(self.SIZE, channels).uniform_(-0.5, 0.5))
+
+    def forward(self, x: Tensor, tail: Tail | None) -> tuple[Tensor, Tail]:
+        before = x.new_zeros(len(x), self.SIZE - 1, x.shape[2]) if tail is None else tail.x
+        x, L = torch.cat([before, x], dim=1), x.shape[1]
+        y = sum(x[:, i:i + L] * w for i, w in enumerate(self.weight.to(x.dtype)))
+        return F.silu(y), Tail(x[:, L:])
+
+
 class GatedDeltaNet(nn.Module):
-    """x (B, L, d), its fast weights S -> output (B, L, d), the updated S."""
+    """x (B, L, d), its convolution's tail and S -> output (B, L, d), the new tail and the new S."""
 
     def __init__(self, config: Config):
         super().__init__()
         d, self.n_head = config.d_model, config.n_head
         self.qkvg = Matrices(d, d, 4)
+        self.conv = ShortConv(3 * d)  # Choice: short convolution
         self.ab = Matrices(d, self.n_head, 2)
         self.out = Matrices(d, d)
-        # GDN's start values: alpha = exp(-A dt), A uniform in (0.01, 16), dt log-uniform in (1e-3, 1e-1)
+        # GDN's start values: alpha = exp(-A dt), A uniform in (0.01, 16), dt log-uniform in
+        # (0.001, 0.1). Weight decay would spoil them; there is none.
         A = torch.empty(self.n_head).uniform_(0.01, 16)
         dt = torch.empty(self.n_head).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.A_log = nn.Parameter(A.log())
         self.dt_bias = nn.Parameter(dt.expm1().log())  # softplus(dt_bias) = dt
 
-    def forward(self, x: Tensor, cache: None, S: Tensor):
+    def forward(self, x: Tensor, cache: Tail | None, S: Tensor):
         B, L, d = x.shape
-        heads = self.qkvg(x).view(B, L, 4, self.n_head, -1)
-        q, k, v, gate = heads.permute(2, 0, 3, 1, 4)                                # (B, H, L, K)
+        qkv, gate = self.qkvg(x).split([3 * d, d], dim=-1)
+        qkv, cache = self.conv(qkv, cache)
+        q, k, v = qkv.view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)           # (B, H, L, K)
+        gate = gate.view(B, L, self.n_head, -1).transpose(1, 2)
         a, b = self.ab(x).view(B, L, 2, self.n_head).permute(2, 0, 3, 1).to(S.dtype)  # (B, H, L)
         log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
         q, k = F.normalize(q.to(S.dtype), dim=-1), F.normalize(k.to(S.dtype), dim=-1)
@@ -168,7 +195,7 @@ class GatedDeltaNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Sequence mixer and MLP, each behind a norm and beside a residual: (h, cache, S) -> the same three."""
+    """Sequence mixer, then MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, config: Config, kind: str):
         super().__init__()
@@ -177,14 +204,16 @@ class Block(nn.Module):
         self.up = Matrices(config.d_model, 4 * config.d_model)
         self.down = Matrices(4 * config.d_model, config.d_model)
 
-    def forward(self, h: Tensor, cache: Cache | None, S: Tensor | None):
+    def forward(self, h: Tensor, cache: Cache | Tail | None, S: Tensor | None):
+        """h (B, L, d), what the block remembers -> the same after these L tokens."""
         o, cache, S = self.mixer(norm(h).to(self.dtype), cache, S)
         h = h + o
-        return h + self.down(F.relu(self.up(norm(h).to(self.dtype))).square()), cache, S
+        up = F.relu(self.up(norm(h).to(self.dtype))).square()  # Choice: squared ReLU
+        return h + self.down(up), cache, S
 
 
 class Hybrid(nn.Module):
-    """Embed -> blocks in the order of the layout -> OutProj. "aaaa" is Eq. (4), "asas" is Eq. (5)."""
+    """Embed -> blocks as the layout orders them -> OutProj: "aaaa" is Eq. (4), "asas" Eq. (5)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -192,18 +221,18 @@ class Hybrid(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)  # tokens (B, L) -> h (B, L, d)
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layout)  # Eq. (4), (5)
         self.out = Matrices(config.d_model, config.vocab_size)
-        nn.init.zeros_(self.out.weight)  # the first predictions are uniform
+        nn.init.zeros_(self.out.weight)  # Choice: start values
 
     def empty_memory(self, batch_size: int) -> Memory:
         """Nothing cached, S = 0."""
         c, parameter = self.config, self.out.weight
-        size = c.d_model // c.n_head
+        size = c.d_model // c.n_head  # Differs: V = K
         S = tuple(parameter.new_zeros(batch_size, c.n_head, size, size) if kind == "s" else None
                   for kind in c.layout)
         return Memory((None,) * len(c.layout), S)
 
     def blocks(self, h: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """One pass over all blocks: h (B, L, d) and memory -> the same. Called once awake, N times asleep."""
+        """One pass, awake or asleep: h (B, L, d) and the memory -> the same after these tokens."""
         cache, S = list(memory.cache), list(memory.S)
         for i, layer in enumerate(self.layers):
             h, cache[i], S[i] = layer(h, cache[i], S[i])

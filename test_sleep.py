@@ -1,6 +1,7 @@
 """Every equation against its literal, slow form, every promise of the README against the code.
 
-The literal forms are written from the formulas alone, in float64, one token at a time. Run with `pytest`.
+The literal forms are written from the formulas alone, in float64, one token at a time. Run with
+`pytest`.
 """
 
 import json
@@ -24,8 +25,7 @@ from model import ROPE_BASE, Config, GatedDeltaNet, Hybrid, attention, gated_del
 from sleep import Memory, Stream, algorithm1, cut, evict, sleep, wake
 
 HERE = Path(__file__).parent
-TINY = ["--cells", "4", "--t", "1", "--d_model", "16", "--n_head", "2", "--batch", "8", "--eval_size", "32",
-        "--device", "cpu"]
+TINY = ("--cells 4 --t 1 --d_model 16 --n_head 2 --batch 8 --eval_size 32 --device cpu").split()
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,8 @@ def hybrid(layout="asas", window=5, d_model=16, vocab_size=3, dtype="float64"):
 
 
 def sequences(B=2, windows=3, window=5, rest=3, scored=2):
-    """Random tokens and targets: `windows` full windows unscored, then a short one with `scored` targets."""
+    """Random tokens and targets: `windows` full windows unscored, then a short one with `scored`
+    targets."""
     T = windows * window + rest
     tokens = torch.randint(3, (B, T))
     targets = torch.full((B, T), IGNORE)
@@ -49,7 +50,7 @@ def sequences(B=2, windows=3, window=5, rest=3, scored=2):
     return tokens, targets
 
 
-# ------------------------------------------------------------------------------------ the literal forms
+# -------------------------------------------------------------------------------- the literal forms
 
 def literal_delta_rule(q, k, v, log_alpha, beta, S):
     """Eq. (3) with the delta rule, one token at a time, as printed."""
@@ -57,22 +58,25 @@ def literal_delta_rule(q, k, v, log_alpha, beta, S):
     for t in range(q.shape[2]):
         alpha_t, beta_t = log_alpha[:, :, t].exp()[..., None, None], beta[:, :, t][..., None, None]
         k_t, v_t, q_t = (x[:, :, t, :, None] for x in (k, v, q))  # columns
-        S = alpha_t * S @ (torch.eye(k.shape[-1]).to(S) - beta_t * k_t @ k_t.mT) + beta_t * v_t @ k_t.mT
+        I = torch.eye(k.shape[-1]).to(S)
+        S = alpha_t * S @ (I - beta_t * k_t @ k_t.mT) + beta_t * v_t @ k_t.mT
         outputs.append((S @ q_t)[..., 0])
     return torch.stack(outputs, dim=2), S
 
 
 def literal_rotary(x, position):
-    """x (..., size) as size/2 complex numbers, each turned by its own frequency times the position."""
+    """x (..., size) as size/2 complex numbers, each turned by its own frequency times the
+    position."""
     half = x.shape[-1] // 2
     z = torch.complex(x[..., :half], x[..., half:])
-    frequency = torch.tensor([ROPE_BASE ** (-2 * i / x.shape[-1]) for i in range(half)], dtype=x.dtype)
+    frequency = torch.tensor([ROPE_BASE ** (-i / half) for i in range(half)], dtype=x.dtype)
     z = z * torch.exp(1j * position * frequency)
     return torch.cat([z.real, z.imag], dim=-1)
 
 
 def literal_attention(q, k, v, first=0):
-    """Eq. (2), one query at a time: o_t = V_t^T softmax(K_t q_t / sqrt(d)). Positions start at `first`."""
+    """Eq. (2), one query at a time: o_t = V_t^T softmax(K_t q_t / sqrt(d)). Positions start at
+    `first`."""
     outputs = []
     for t in range(q.shape[2]):
         q_t = literal_rotary(q[:, :, t], first + t)
@@ -86,8 +90,16 @@ def literal_norm(x):
     return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
 
 
+def literal_conv(x, w):
+    """y_t = silu(sum_i w_i x_{t-3+i}), nothing before the window."""
+    y = [sum(w[i] * x[:, t - 3 + i] for i in range(4) if t - 3 + i >= 0) for t in range(x.shape[1])]
+    y = torch.stack(y, dim=1)
+    return y / (1 + torch.exp(-y))
+
+
 def literal_blocks(model, h, S):
-    """One pass of Eq. (5) over a window with an empty cache, from the weights and the literal forms alone."""
+    """One pass of Eq. (5) over a window with an empty cache, from the weights and the literal forms
+    alone."""
     H, S = model.config.n_head, list(S)
 
     def heads(x, W):  # (B, L, d) -> (B, H, L, size)
@@ -99,11 +111,14 @@ def literal_blocks(model, h, S):
             q, k, v = (heads(x, W) for W in mixer.qkv.weight)  # Eq. (1)
             o = literal_attention(literal_norm(q), literal_norm(k), v)
         else:
-            q, k, v, gate = (heads(x, W) for W in mixer.qkvg.weight)
+            q, k, v = (heads(literal_conv(x @ W.T, w), torch.eye(x.shape[-1]).to(x))
+                       for W, w in zip(mixer.qkvg.weight, mixer.conv.weight.chunk(3, dim=1)))
+            gate = heads(x, mixer.qkvg.weight[3])
             a, b = ((x @ W.T).transpose(1, 2) for W in mixer.ab.weight)
             dt = torch.log(1 + torch.exp(a + mixer.dt_bias[:, None]))
             q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
-            o, S[i] = literal_delta_rule(q, k, v, -mixer.A_log.exp()[:, None] * dt, 1 / (1 + torch.exp(-b)), S[i])
+            log_alpha, beta = -mixer.A_log.exp()[:, None] * dt, 1 / (1 + torch.exp(-b))
+            o, S[i] = literal_delta_rule(q, k, v, log_alpha, beta, S[i])
             o = literal_norm(o) * gate / (1 + torch.exp(-gate))
         h = h + o.transpose(1, 2).flatten(2) @ mixer.out.weight[0].T
         h = h + (literal_norm(h) @ layer.up.weight[0].T).clamp(min=0) ** 2 @ layer.down.weight[0].T
@@ -113,12 +128,13 @@ def literal_blocks(model, h, S):
 def literal_algorithm1(model, tokens, targets, loops):
     """Algorithm 1, from the paper's words. -> the mean cross-entropy of the scored tokens."""
     L = model.config.window
-    B, size = len(tokens), model.config.d_model // model.config.n_head
-    S = [torch.zeros(B, model.config.n_head, size, size, dtype=torch.float64) if kind == "s" else None
-         for kind in model.config.layout]
+    B, H = len(tokens), model.config.n_head
+    zero = torch.zeros(B, H, model.config.d_model // H, model.config.d_model // H).double()
+    S = [zero if kind == "s" else None for kind in model.config.layout]
     losses = []
     while tokens.shape[1]:
-        window, scored, tokens, targets = tokens[:, :L], targets[:, :L], tokens[:, L:], targets[:, L:]
+        window, scored = tokens[:, :L], targets[:, :L]
+        tokens, targets = tokens[:, L:], targets[:, L:]
         h = model.embed.weight[window]
         if (scored == IGNORE).all():
             for _ in range(loops):
@@ -126,12 +142,13 @@ def literal_algorithm1(model, tokens, targets, loops):
         else:
             h, S = literal_blocks(model, h, S)
             log_p = torch.log_softmax(literal_norm(h) @ model.out.weight[0].T, dim=-1)
-            losses += [-log_p[b, t, scored[b, t]] for b, t in product(range(B), range(window.shape[1]))
+            losses += [-log_p[b, t, scored[b, t]]
+                       for b, t in product(range(B), range(window.shape[1]))
                        if scored[b, t] != IGNORE]
     return torch.stack(losses).mean()
 
 
-# ----------------------------------------------------------------------------------- 1. the delta rule
+# -------------------------------------------------------------------------------- 1. the delta rule
 
 def delta_rule_inputs(L, dtype=torch.float64, collinear=False, B=2, H=3, K=4, V=5):
     q, k, v = torch.randn(B, H, L, K), torch.randn(B, H, L, K), torch.randn(B, H, L, V)
@@ -150,12 +167,14 @@ def test_delta_rule_equals_token_loop(L, collinear):
     ours, literal = gated_delta_rule(*inputs), literal_delta_rule(*inputs)
     cotangents = [torch.randn_like(x) for x in literal]
     ours_grads = torch.autograd.grad(ours, inputs, cotangents)
-    for a, b in zip((*ours, *ours_grads), (*literal, *torch.autograd.grad(literal, inputs, cotangents))):
+    literal_grads = torch.autograd.grad(literal, inputs, cotangents)
+    for a, b in zip((*ours, *ours_grads), (*literal, *literal_grads)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_delta_rule_in_float32_with_collinear_keys():
-    """Guards the training precision: powers of the triangular matrix reach 1e11 here, substitution does not."""
+    """Guards the training precision: powers of the triangular matrix reach 1e11 here, substitution
+    does not."""
     inputs = [x.detach() for x in delta_rule_inputs(75, torch.float32, collinear=True)]
     for a, b in zip(gated_delta_rule(*inputs), literal_delta_rule(*(x.double() for x in inputs))):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
@@ -165,7 +184,8 @@ def test_delta_rule_in_float32_with_collinear_keys():
 
 @pytest.mark.parametrize("L", [1, 7, 24])
 def test_attention_equals_eq2(L):
-    """Guards Eq. (2): mask off by one, wrong scale, wrong rotation. Only relative positions may matter."""
+    """Guards Eq. (2): mask off by one, wrong scale, wrong rotation. Only relative positions may
+    matter."""
     inputs = [torch.randn(2, 3, L, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     o, _ = attention(*inputs)
     cotangent = torch.randn_like(o)
@@ -192,9 +212,11 @@ def test_attention_with_cache_equals_all_at_once(pieces):
 
 # ----------------------------------------------------------------------------------- 3. Algorithm 1
 
-@pytest.mark.parametrize("layout, loops", [("asas", 1), ("asas", 2), ("as", 4), ("aaaa", 2), ("sa", 3)])
+@pytest.mark.parametrize("layout, loops",
+                         [("asas", 1), ("asas", 2), ("as", 4), ("aaaa", 2), ("sa", 3)])
 def test_algorithm1_equals_its_words(layout, loops):
-    """Guards Eq. (1) to (6) and Algorithm 1 as a whole: values, and gradients of every parameter."""
+    """Guards Eq. (1) to (6) and Algorithm 1 as a whole: values, and gradients of every
+    parameter."""
     model, (tokens, targets) = hybrid(layout), sequences(rest=4, scored=3)
     loss = algorithm1(model, tokens, targets, loops)[0]
     literal = literal_algorithm1(model, tokens, targets, loops)
@@ -206,7 +228,8 @@ def test_algorithm1_equals_its_words(layout, loops):
 
 
 def test_one_loop_is_the_plain_hybrid():
-    """Guards "N = 1 is no special case": awake passes over every window give the same logits, bitwise."""
+    """Guards "N = 1 is no special case": awake passes over every window give the same logits,
+    bitwise."""
     model, (tokens, targets) = hybrid(), sequences()
     memory = model.empty_memory(len(tokens))
     for window in tokens.split(5, dim=1):
@@ -226,15 +249,17 @@ def test_cut_finds_the_scored_windows():
 def test_last_window_may_hold_context_query_and_answer():
     """Guards tasks whose length is no multiple of L: such a window is read once, whatever N is."""
     model, (tokens, targets) = hybrid(window=50), sequences()
-    assert torch.equal(algorithm1(model, tokens, targets, 1)[1], algorithm1(model, tokens, targets, 4)[1])
+    one, four = (algorithm1(model, tokens, targets, loops)[1] for loops in (1, 4))
+    assert torch.equal(one, four)
 
 
-# ---------------------------------------------------------------------------------------- 4. streaming
+# ------------------------------------------------------------------------------------- 4. streaming
 
 @pytest.mark.parametrize("loops", [1, 2, 4])
 @pytest.mark.parametrize("layout", ["asas", "sa"])
 def test_stream_equals_algorithm1(layout, loops):
-    """Guards "train on windows, use token by token": state that differs between the two readings."""
+    """Guards "train on windows, use token by token": state that differs between the two
+    readings."""
     model, (tokens, targets) = hybrid(layout), sequences()
     stream = Stream(model, loops, batch_size=len(tokens))
     logits = torch.stack([stream.feed(token) for token in tokens.T], dim=1)
@@ -242,7 +267,8 @@ def test_stream_equals_algorithm1(layout, loops):
 
 
 def test_one_loop_repeats_the_provisional_state():
-    """Guards "the S read awake is provisional; for N = 1 sleep computes it again" (and not for N = 2)."""
+    """Guards "the S read awake is provisional; for N = 1 sleep computes it again" (and not for N =
+    2)."""
     model, window = hybrid(), torch.randint(3, (2, 5))
     start = memory = model.empty_memory(2)
     for token in window.T:
@@ -258,19 +284,24 @@ def test_stream_memory_is_bounded():
     sizes = []
     for _ in range(40):
         stream.feed(torch.zeros(1, dtype=torch.long))
-        sizes.append(stream.memory.bytes())
+        sizes.append(stream.bytes())
     one_token = 2 * 2 * 16 * 8  # two attention blocks, keys and values, d = 16, 8 bytes each
-    assert [size["cache"] for size in sizes] == [one_token * ((i + 1) % 5) for i in range(40)]
-    assert {size["S"] for size in sizes} == {2 * 2 * 8 * 8 * 8}  # two blocks, two heads of 8 x 8, 8 bytes each
+    tails = 2 * 3 * 3 * 16 * 8  # two SSM blocks, three inputs of q, k and v
+    expected = [n and one_token * n + tails for n in [1, 2, 3, 4, 0] * 8]
+    assert [size["cache"] for size in sizes] == expected
+    assert {size["S"] for size in sizes} == {2 * 2 * 2 * 8 * 8 * 8}  # twice two blocks, two heads
+    assert [size["tokens"] for size in sizes] == [8 * n for n in [1, 2, 3, 4, 0] * 8]
 
 
-# ------------------------------------------------------------------------------ 5. the information path
+# -------------------------------------------------------------------------- 5. the information path
 
 def test_only_S_crosses_the_boundary():
-    """Guards the claim itself: evicted tokens reach the future through S, and through nothing else."""
+    """Guards the claim itself: evicted tokens reach the future through S, and through nothing
+    else."""
     model, window = hybrid(), torch.randint(3, (2, 5))
     query = torch.randint(3, (2, 2))
-    first, second = (evict(sleep(model, w, model.empty_memory(2), 2)) for w in (window, (window + 1) % 3))
+    first, second = (evict(sleep(model, tokens, model.empty_memory(2), 2))
+                     for tokens in (window, (window + 1) % 3))
     held = second._replace(S=first.S)
     logits = [wake(model, query, memory)[0] for memory in (first, second, held)]
     assert torch.equal(logits[0], logits[2])
@@ -278,11 +309,12 @@ def test_only_S_crosses_the_boundary():
 
 
 def test_gradients_reach_sleep_through_S_only():
-    """Guards backpropagation through everything: attached it reaches the window, detached it does not."""
+    """Guards backpropagation through everything: attached it reaches the window, detached it does
+    not."""
     model, window, query = hybrid(), torch.randint(3, (1, 5)), torch.tensor([[2]])
     for attached in (True, False):
         embedded = []
-        forget = model.embed.register_forward_hook(lambda *hook: embedded.append(hook[2].requires_grad_()))
+        forget = model.embed.register_forward_hook(lambda *hook: embedded.append(hook[2]))
         memory = evict(sleep(model, window, model.empty_memory(1), 2))
         if not attached:
             memory = Memory(memory.cache, tuple(S if S is None else S.detach() for S in memory.S))
@@ -294,15 +326,16 @@ def test_gradients_reach_sleep_through_S_only():
 
 
 def test_every_pass_contributes_its_gradient():
-    """Guards a detach between passes: the derivative in each pass's own direction, by finite differences."""
+    """Guards a detach between passes: the derivative in each pass's own direction, by finite
+    differences."""
     model, window, query = hybrid(), torch.randint(3, (1, 5)), torch.tensor([[2]])
     directions = torch.randn(3, 1, 5, 16, dtype=torch.float64)
 
     def answer(shift):  # the embedding of the window enters pass n displaced by shift_n
-        memory, h = model.empty_memory(1), model.embed(window)
-        original, pass_number = model.blocks, iter(range(3))
-        model.blocks = lambda h, memory: original(h + shift[n] * directions[n]
-                                                  if (n := next(pass_number, None)) is not None else h, memory)
+        memory = model.empty_memory(1)
+        original = model.blocks
+        displacements = iter([*(shift[:, None, None, None] * directions), 0])
+        model.blocks = lambda h, memory: original(h + next(displacements), memory)
         try:
             return wake(model, query, evict(sleep(model, window, memory, 3)))[0][0, 0, 0]
         finally:
@@ -317,7 +350,7 @@ def test_every_pass_contributes_its_gradient():
         assert gradient[n].abs() > 1e-6
 
 
-# ------------------------------------------------------------------------------------- 6. independence
+# ---------------------------------------------------------------------------------- 6. independence
 
 def test_causality():
     """Guards the future: a token's logits and every earlier one's do not depend on later tokens."""
@@ -332,11 +365,11 @@ def test_rows_of_a_batch_are_independent():
     """Guards mixing of sequences: a norm or a state shared over the batch."""
     model, (tokens, targets) = hybrid(), sequences(B=3)
     together = algorithm1(model, tokens, targets, 2)[1]
-    for i in range(3):
-        torch.testing.assert_close(together[i:i + 1], algorithm1(model, tokens[i:i + 1], targets[i:i + 1], 2)[1])
+    for row, token, target in zip(together, tokens, targets):
+        torch.testing.assert_close(row[None], algorithm1(model, token[None], target[None], 2)[1])
 
 
-# ------------------------------------------------------------------------------------------- 7. Rule 110
+# -------------------------------------------------------------------------------------- 7. Rule 110
 
 @pytest.mark.parametrize("rule", [0, 30, 90, 110, 255])
 @pytest.mark.parametrize("cells", [3, 8])
@@ -349,22 +382,25 @@ def test_rule110_equals_double_loop(rule, cells):
         for a, b in product(range(2), range(5)):
             row = expected[a, b].tolist()
             for _ in range(steps):
-                row = [int(table[int(f"{row[i - 1]}{row[i]}{row[(i + 1) % cells]}", 2)]) for i in range(cells)]
+                row = [int(table[4 * row[i - 1] + 2 * row[i] + row[(i + 1) % cells]])
+                       for i in range(cells)]
             expected[a, b] = torch.tensor(row)
         assert torch.equal(rule110(state, steps, rule), expected)
 
 
 def test_rule110_by_hand():
-    """Guards the definition: neighbourhoods 111 110 101 100 011 010 001 000 give 0 1 1 0 1 1 1 0."""
+    """Guards the definition: neighbourhoods 111 110 101 100 011 010 001 000 give 0 1 1 0 1 1 1
+    0."""
     state = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0])
     assert rule110(state, 1).tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
     assert rule110(state, 2).tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
     assert rule110(state, 3).tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
-    assert rule110(torch.tensor([1, 0, 0, 0]), 1).tolist() == [1, 0, 0, 1]  # over the edge of the ring
+    assert rule110(torch.tensor([1, 0, 0, 0]), 1).tolist() == [1, 0, 0, 1]  # over the ring's edge
 
 
 def test_batch_layout_and_labels():
-    """Guards the labels: an answer of another state, answers shifted by one, an answer among its inputs."""
+    """Guards the labels: an answer of another state, answers shifted by one, an answer among its
+    inputs."""
     task = Rule110(cells=6, states=3, t=5)
     tokens, targets = task.batch(50, generator(0, 0))
     assert tokens.shape == targets.shape == (50, task.length)
@@ -374,8 +410,24 @@ def test_batch_layout_and_labels():
         assert target[-3:].tolist() == answers and row[19:].tolist() == answers[:-1]
 
 
+def test_labels_of_the_worked_example():
+    """Guards the example in Rule110's docstring, worked by hand."""
+    task = Rule110(cells=4, states=2, t=2)
+    tokens, targets = task.batch(2000, generator(0, 0))
+    examples = dict(zip(map(tuple, tokens[:, :8].tolist()), targets[:, -2:].tolist()))
+    assert examples[0, 1, 0, 0, 0, 1, 1, 1] == [1, 0]
+
+
+@pytest.mark.parametrize("cells", [3, 4, 5])
+def test_small_worlds_have_both_splits(cells):
+    """Guards an endless search: with few cells the hash must still leave states on both sides."""
+    for split in ("train", "held-out"):
+        assert Rule110(cells, 1, 1).batch(3, generator(0, 0), split)[0].shape == (3, cells + 1)
+
+
 def test_train_and_held_out_states_are_disjoint():
-    """Guards "evaluated on states never trained on"; and the hash keeps about one state in eight."""
+    """Guards "evaluated on states never trained on"; and the hash keeps about one state in
+    eight."""
     task = Rule110(cells=8, states=2, t=3)
     seen = {split: {tuple(state) for state in
                     task.batch(4000, generator(0, 0), split)[0][:, :16].reshape(-1, 8).tolist()}
@@ -385,7 +437,8 @@ def test_train_and_held_out_states_are_disjoint():
     assert abs(held_out - 1 / 8) < 0.005
 
 
-@pytest.mark.parametrize("cells, t, rule", [(3, 2, 110), (7, 9, 110), (8, 3, 30), (11, 4, 110), (6, 0, 90)])
+@pytest.mark.parametrize("cells, t, rule",
+                         [(3, 2, 110), (7, 9, 110), (8, 3, 30), (11, 4, 110), (6, 0, 90)])
 def test_floor_equals_counting(cells, t, rule):
     """Guards the floor: without the right one a figure misleads."""
     states = torch.tensor(list(product([0, 1], repeat=cells)))
@@ -395,7 +448,8 @@ def test_floor_equals_counting(cells, t, rule):
 
 
 def test_floor_of_the_paper():
-    """Guards the numbers quoted beside the paper's: t = 4, 8, 12, 16, 32 at 24 cells and 4 states."""
+    """Guards the numbers quoted beside the paper's: t = 4, 8, 12, 16, 32 at 24 cells and 4
+    states."""
     floors = [f"{Rule110(24, 4, t).floor():.2%}" for t in (4, 8, 12, 16, 32)]
     assert floors == ["8.20%", "8.54%", "8.72%", "9.55%", "9.95%"]
 
@@ -408,16 +462,19 @@ def test_generators_differ():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_show_and_class_example(name):
+def test_show_aligns_tokens_and_targets(name):
     """Guards the worked example: aligned columns, one for each token."""
-    lines = TASKS[name]().show().splitlines()
-    assert len({len(line.split()) for line in lines[1:4]}) == 1 and "floor" not in lines[1]
+    task = TASKS[name]()
+    window, tokens, targets = (line.split()[1:] for line in task.show().splitlines()[1:4])
+    assert len(window) == len(tokens) == len(targets) == task.length
+    assert window[-1] == str(-(-task.length // task.window)) and "." in targets
 
 
-# ------------------------------------------------------------------------------------- 8. optimizers
+# ------------------------------------------------------------------------------------ 8. optimizers
 
 def test_every_parameter_is_in_one_group():
-    """Guards training by halves: a parameter without optimizer, with two, or a gate given to Muon's norm."""
+    """Guards training by halves: a parameter without optimizer, with two, or a gate given to Muon's
+    norm."""
     model = hybrid()
     optimizers = train.make_optimizers(model, 1e-3, 1e-3)
     ids = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
@@ -429,7 +486,8 @@ def test_every_parameter_is_in_one_group():
 
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
 def test_muon_equals_torch_muon(shape):
-    """Guards the update: momentum, Nesterov, coefficients, scale. torch's rounds to bfloat16: 2 % in norm."""
+    """Guards the update: momentum, Nesterov, coefficients, scale. torch's rounds to bfloat16: 2 %
+    in norm."""
     ours = torch.nn.Parameter(torch.randn(3, *shape))
     theirs = [torch.nn.Parameter(x.clone()) for x in ours.data]
     a, b = train.Muon([ours], lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0)
@@ -453,7 +511,7 @@ def test_start_values_survive_construction():
     assert 1e-3 * 0.999 <= dt.min() < 2e-3 and 5e-2 < dt.max() <= 1e-1 * 1.001
 
 
-# ---------------------------------------------------------------------------------- 9. reproducibility
+# ------------------------------------------------------------------------------- 9. reproducibility
 
 def lines_of(folder):
     """The log without the one thing that may differ, wall-clock time."""
@@ -470,10 +528,11 @@ def same_weights(a, b):
 
 
 def test_same_seed_same_numbers_and_evaluation_disturbs_nothing(tmp_path):
-    """Guards reproducibility: global random state, or an evaluation that draws training's numbers."""
+    """Guards reproducibility: global random state, or an evaluation that draws training's
+    numbers."""
     base = [*TINY, "--steps", "12", "--loops", "2"]
-    for name, extra in (("a", []), ("b", []), ("often", ["--eval_every", "1"]), ("seed", ["--seed", "2"])):
-        assert train.main([*base, *extra, "--out", str(tmp_path / name)]) == 0
+    for name, extra in (("a", ""), ("b", ""), ("often", "--eval_every 1"), ("seed", "--seed 2")):
+        assert train.main([*base, *extra.split(), "--out", str(tmp_path / name)]) == 0
     assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
     weights = {name: weights_of(tmp_path / name, 2) for name in ("a", "b", "often", "seed")}
     assert same_weights(weights["a"], weights["b"]) and same_weights(weights["a"], weights["often"])
@@ -482,7 +541,8 @@ def test_same_seed_same_numbers_and_evaluation_disturbs_nothing(tmp_path):
 
 @pytest.mark.parametrize("stop_after", [3, 7, 17])
 def test_resume_is_exact(tmp_path, monkeypatch, capsys, stop_after):
-    """Guards --resume: Ctrl-C after any step, in the first model or the second, then on: bitwise the same."""
+    """Guards --resume: Ctrl-C after any step, in the first model or the second, then on: bitwise
+    the same."""
     base = [*TINY, "--steps", "10", "--eval_every", "4", "--loops", "1,2"]
     assert train.main([*base, "--out", str(tmp_path / "whole")]) == 0
     calls, factor = iter(range(1, 100)), train.lr_factor
@@ -502,3 +562,167 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys, stop_after):
     for loops in (1, 2):
         assert same_weights(*(weights_of(tmp_path / name, loops) for name in ("whole", "cut")))
     assert not list(tmp_path.glob("*/*.tmp"))
+
+
+# -------------------------------------------------------------- 10. it learns, 11. the command line
+
+def test_a_tiny_batch_is_overfitted():
+    """Guards learning as a whole: a gradient that is zero or points elsewhere somewhere."""
+    model = hybrid("as", window=4, dtype="float32")
+    tokens, targets = Rule110(4, 2, 2).batch(8, generator(0, 0))
+    optimizers = train.make_optimizers(model, 1e-2, 1e-2)
+    for _ in range(60):
+        loss, logits, labels = algorithm1(model, tokens, targets, 2)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss < 0.01
+
+
+def command(*arguments, cwd=HERE):
+    return subprocess.run([sys.executable, str(HERE / "train.py"), *arguments], text=True, cwd=cwd,
+                          capture_output=True, timeout=100)
+
+
+def test_command_line_run(tmp_path):
+    """Guards `python train.py`: facts, a line per evaluation, a table; each time a new folder."""
+    for number in (1, 2):
+        run = command(*TINY, "--steps", "4", "--eval_every", "2", cwd=tmp_path)
+        assert run.returncode == 0 and run.stderr == ""
+        assert run.stdout.count("exact") == 1 + 2 * 2 + 1 and "the floor" in run.stdout
+        header, *records = lines_of(tmp_path / f"out/rule110-00{number}")
+        assert set(header) == {"commit", "versions", "hardware", "config"}
+        assert [(r["loops"], r["step"]) for r in records] == [(1, 2), (1, 4), (2, 2), (2, 4)]
+        assert set(records[0]) == {"loops", "step", "tokens", "token_passes", "train_loss", "loss",
+                                   "bit", "exact", "floor"}
+        assert records[3]["tokens"] == 4 * 8 * 10 and records[3]["token_passes"] == 4 * 8 * 18
+
+
+def refused(capsys, arguments):
+    """The one line that train.py prints when it refuses a value."""
+    with pytest.raises(SystemExit) as exit:
+        sys.exit(train.main(arguments))
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--loops", "0"), ("--loops", "-1"), ("--loops", "a,b"), ("--loops", "2,2"), ("--loops", ""),
+    ("--t", "-1"), ("--t", "x"), ("--cells", "2"), ("--states", "0"), ("--rule", "256"),
+    ("--layout", "axs"), ("--layout", ""), ("--n_head", "3"), ("--n_head", "0"), ("--d_model", "0"),
+    ("--window", "0"), ("--task", "sudoku"), ("--device", "tpu"), ("--dtype", "int8"),
+    ("--steps", "0"), ("--batch", "1.5"), ("--lr", "0"), ("--muon_lr", "nan"), ("--seed", "-1"),
+    ("--eval_every", "0"), ("--eval_size", "0")])
+def test_impossible_values(tmp_path, capsys, flag, value):
+    """Guards against tracebacks and silence: the line names the flag and the value."""
+    line = refused(capsys, [*TINY, "--out", str(tmp_path / "run"), f"{flag}={value}"])
+    assert flag in line and repr(value) in line or f"{flag} {value}:" in line
+    assert re.search("must be|must divide|choose from", line)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is not missing here")
+def test_missing_cuda(tmp_path, capsys):
+    """Guards a crash deep inside torch."""
+    assert "--device cuda" in refused(capsys, [*TINY[:-1], "cuda", "--out", str(tmp_path / "run")])
+
+
+def test_what_was_there_is_kept(tmp_path, capsys):
+    """Guards results: an --out in use is refused, the same command goes on, nothing is lost."""
+    run, other = str(tmp_path / "run"), tmp_path / "other"
+    base = [*TINY, "--steps", "2", "--loops", "1", "--out"]
+    assert train.main([*base, run]) == 0
+    files = {path: path.read_bytes() for path in Path(run).iterdir()}
+    assert "another configuration" in refused(capsys, [*base, run, "--seed", "2"])
+    assert train.main([*base, run]) == 0  # finished already: prints its table
+    assert files == {path: path.read_bytes() for path in Path(run).iterdir()}
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    assert "--out" in refused(capsys, [*base, str(other)])
+    assert "--out" in refused(capsys, [*base, str(other / "thesis.tex")])
+    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+
+
+def test_damaged_resume(tmp_path, capsys):
+    """Guards --resume: missing, empty, truncated, of another model, or with other options."""
+    base = [*TINY, "--steps", "2", "--loops", "1", "--out"]
+    for name, extra in (("a", []), ("wide", ["--d_model", "32"])):
+        assert train.main([*base, str(tmp_path / name), *extra]) == 0
+    log, weights = tmp_path / "a/log.jsonl", tmp_path / "a/N1.pt"
+    kept = weights.read_bytes()
+    resume = ["--resume", str(tmp_path / "a")]
+    assert "no log.jsonl" in refused(capsys, ["--resume", str(tmp_path / "missing")])
+    assert "no other option" in refused(capsys, [*resume, "--steps", "9"])
+    for damaged in (kept[:1000], kept[:-100], b"", (tmp_path / "wide/N1.pt").read_bytes()):
+        weights.write_bytes(damaged)
+        before = log.read_bytes()
+        assert "N1.pt" in refused(capsys, resume)
+        assert log.read_bytes() == before and weights.read_bytes() == damaged
+    for text in ("", "{", "{}\n", '{"config": {}}\n'):
+        log.write_text(text)
+        assert "log.jsonl" in refused(capsys, resume)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
+    """Guards the last good checkpoint: the step is named, nothing is saved after it."""
+    original, calls = train.algorithm1, iter(range(1, 100))
+
+    def diverging(model, *rest):
+        loss, *others = original(model, *rest)
+        return (loss * math.nan if next(calls) == 9 else loss, *others)
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr(train, "algorithm1", diverging)
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": 1.0, "bit": 0.5, "exact": 0.1})
+    arguments = [*TINY, "--steps", "20", "--eval_every", "4", "--loops", "1", "--out", str(folder)]
+    assert train.main(arguments) == 1
+    line = capsys.readouterr().err
+    assert "step 9;" in line and str(folder / "N1.pt") in line and line.count("\n") == 1
+    saved = torch.load(folder / "N1.pt", weights_only=True)
+    assert saved["step"] == 8 and all(x.isfinite().all() for x in saved["model"].values())
+
+
+# ----------------------------------------------------------------------------------- 12. the README
+
+README = (HERE / "README.md").read_text()
+
+
+def test_commands_of_the_readme_parse():
+    """Guards documents that drift from the code."""
+    commands = re.findall(r"^\s*(?:\$ )?(?:.*&& )?python (\S+\.py.*?)(?: *#.*)?$", README, re.M)
+    assert len(commands) >= 3
+    for script, *arguments in map(shlex.split, commands):
+        assert (HERE / script).exists()
+        if script == "train.py" and arguments != ["--help"]:
+            train.get_parser().parse_args(arguments)
+
+
+def tags(kinds):
+    """Every tag in the code: {"Eq. (2)": "model.py:75"}. A tag ends the line of its statement."""
+    found = {}
+    for name in ("sleep.py", "model.py", "data.py", "train.py"):
+        for number, line in enumerate((HERE / name).read_text().splitlines(), 1):
+            if match := re.search(rf"\S.*# ((?:{kinds})\S* .*)$", line):
+                assert match[1] not in found, f"{match[1]} is tagged twice"
+                found[match[1]] = f"{name}:{number}"
+    return found
+
+
+@pytest.mark.parametrize("kinds", [r"Eq\.|Alg\.", "Choice:|Differs:"])
+def test_tables_of_the_readme_name_the_lines(kinds):
+    """Guards the map from paper to code; when lines move, it prints the rows to correct."""
+    places = tags(kinds)
+    rows = re.findall(rf"^\| ((?:{kinds})[^|]*?) \| `([^`]*)` \|", README, re.M)
+    repair = [f"| {tag} | `{place}` |" for tag, place in places.items() if (tag, place) not in rows]
+    repair += [f"remove: | {tag} | `{place}` |" for tag, place in rows if places.get(tag) != place]
+    assert not repair, "correct these rows of README.md:\n" + "\n".join(repair)
+
+
+def test_tests_of_the_readme_exist():
+    """Guards the promise that each equation has its numeric test."""
+    named = set(re.findall(r"`(test_\w+)`", README)) - {"test_sleep"}
+    assert named and not named - set(globals())
+    equations = [row for row in README.splitlines() if re.match(r"\| (Eq|Alg)\.", row)]
+    assert all("`test_" in row for row in equations)

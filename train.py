@@ -1,7 +1,8 @@
-"""Train the sleeping hybrid on a synthetic task. `python train.py` shows in minutes that sleep helps.
+"""Train the sleeping hybrid on a synthetic task and see what N passes asleep are worth.
 
-One model is trained for each N of --loops, from the same seed on the same data, and a table compares them
-on held-out instances. Every run writes DIR/log.jsonl and one checkpoint per N; --resume DIR goes on exactly.
+One model is trained for each N of --loops, from the same seed on the same data, and a table
+compares them on held-out instances. A run's folder gets log.jsonl (a header, then a line for every
+evaluation) and a checkpoint for each N; --resume DIR goes on exactly where it stopped.
 """
 
 import argparse
@@ -25,30 +26,37 @@ from tqdm import tqdm
 
 from data import IGNORE, TASKS, generator
 from model import Config, Hybrid
-from sleep import algorithm1, cut
+from sleep import Window, algorithm1, cut
 
 TRAIN, EVAL = 0, 1  # streams of random numbers
-CHUNK = 64          # batches drawn in one call
-CHECK_EVERY = 10    # steps between looks at the loss
+CHUNK = 64          # training batches drawn in one call
+CHECK_EVERY = 10    # steps between looks at the loss, each of which waits for the device
 
 
-# ---------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line and exit code 2, without the usage in front."""
+    def error(self, message: str):
+        """One line and exit code 2, without the usage before it."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def whole(low: int):
+def whole(low: int | None = None):
+    """An argparse type: whole numbers, from `low` on if it is given."""
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least {low}")
-        return int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or low is not None and value < low:
+            bound = "" if low is None else f", at least {low}"
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number{bound}")
+        return value
     return parse
 
 
 def positive(text: str) -> float:
+    """An argparse type: finite numbers above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -59,69 +67,83 @@ def positive(text: str) -> float:
 
 
 def loops_list(text: str) -> list[int]:
-    loops = [whole(1)(part.strip()) for part in text.split(",")]
-    if len(set(loops)) < len(loops):
-        raise argparse.ArgumentTypeError(f"{text!r}: names one number of passes twice")
-    return loops
+    """An argparse type: "2" or "1,2,4"."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be whole numbers, at least 1, "
+                                         "with commas between them and none of them twice")
+    return [int(part) for part in parts]
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="train.py", description=__doc__.splitlines()[0],
+    p = Parser(prog="train.py", description=__doc__.split("\n\n")[0],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     task = p.add_argument_group("task")
-    task.add_argument("--task", choices=TASKS, default="rule110", help="what to learn; see python data.py")
-    task.add_argument("--t", type=int, default=4, help="steps of the automaton: the difficulty")
-    task.add_argument("--cells", type=int, default=12, help="cells in a state")
-    task.add_argument("--states", type=int, default=2, help="states in a sequence")
-    task.add_argument("--rule", type=int, default=110, help="elementary rule, 0 to 255")
+    task.add_argument("--task", choices=TASKS, default="rule110",
+                      help="what to learn; python data.py shows an example")
+    task.add_argument("--t", type=whole(), default=4, help="steps of the automaton: the difficulty")
+    task.add_argument("--cells", type=whole(), default=12, help="cells in a state (the paper: 24)")
+    task.add_argument("--states", type=whole(), default=2,
+                      help="states in a sequence (the paper: 4)")
+    task.add_argument("--rule", type=whole(), default=110, help="number of the elementary rule")
     model = p.add_argument_group("model")
     model.add_argument("--loops", type=loops_list, default="1,2", metavar="N[,N...]",
-                       help="passes over each window asleep; a list trains and compares several models")
-    model.add_argument("--window", type=int, help="L, tokens between evictions; default: one state")
-    model.add_argument("--layout", default="as", help="one letter a block: a attention, s SSM; the paper's: asas")
-    model.add_argument("--d_model", type=int, default=64, help="width d")
-    model.add_argument("--n_head", type=int, default=4, help="heads H")
+                       help="passes over each window asleep; a list trains one model for each")
+    model.add_argument("--window", type=whole(), metavar="L",
+                       help="tokens between evictions of the cache; None: one state")
+    model.add_argument("--layout", default="as",
+                       help="a letter a block: a attention, s SSM (the paper: asas)")
+    model.add_argument("--d_model", type=whole(), default=64, help="width d (the paper: 256)")
+    model.add_argument("--n_head", type=whole(), default=4, help="heads H of every block")
     run = p.add_argument_group("training")
     run.add_argument("--steps", type=whole(1), default=1600, help="optimizer steps")
-    run.add_argument("--batch", type=whole(1), default=32, help="sequences a step")
-    run.add_argument("--muon_lr", type=positive, default=4e-3, help="Muon's rate, for the matrices of the blocks")
-    run.add_argument("--lr", type=positive, default=1e-3, help="AdamW's rate, for all other parameters")
-    run.add_argument("--seed", type=whole(0), default=1, help="of start values and data")
-    run.add_argument("--eval_every", type=whole(1), default=200, help="steps between evaluations and checkpoints")
-    run.add_argument("--eval_size", type=whole(1), default=2048, help="held-out sequences in an evaluation")
-    run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
+    run.add_argument("--batch", type=whole(1), default=32, help="sequences a step (the paper: 512)")
+    run.add_argument("--muon_lr", type=positive, default=4e-3,
+                     help="rate of Muon, for the matrices of the blocks")
+    run.add_argument("--lr", type=positive, default=1e-3,
+                     help="rate of AdamW, for all other parameters")
+    run.add_argument("--seed", type=whole(0), default=1, help="of start values and training data")
+    run.add_argument("--eval_every", type=whole(1), default=200,
+                     help="steps between evaluations, each followed by a checkpoint")
+    run.add_argument("--eval_size", type=whole(1), default=2048,
+                     help="held-out sequences in an evaluation, the same for every run")
+    run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
+                     help="auto: cuda where there is one")
     run.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                     help="of matrix products; auto: bfloat16 on cuda, float32 on a CPU, where bfloat16 is slow")
-    run.add_argument("--out", type=Path, help="folder of the run; default: a new one under out/")
-    run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR; takes no other option")
+                     help="of matrix products. auto: bfloat16 on cuda; float32 on a CPU, where "
+                          "bfloat16 is slow. Parameters and fast weights are always float32")
+    run.add_argument("--out", type=Path, metavar="DIR",
+                     help="folder of the run; None: a new one under out/")
+    run.add_argument("--resume", type=Path, metavar="DIR",
+                     help="go on with the run in DIR, with its options; takes no other option")
     return p
 
 
-# ------------------------------------------------------------------------------------------- optimizers
+# --------------------------------------------------------------------------------------- optimizers
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Newton-Schulz, five steps, for a batch of matrices (n, rows, cols): their U V^T, roughly.
+    """Newton-Schulz: a batch of matrices (n, rows, cols) = U S V^T -> roughly their U V^T.
 
-    In bfloat16 on a GPU; in float32 on a CPU, where bfloat16 is eighty times slower.
+    In bfloat16 on a GPU, in float32 on a CPU, where bfloat16 is some eighty times slower.
     """
-    wide = x.shape[1] <= x.shape[2]
-    x = (x if wide else x.mT).to(torch.bfloat16 if x.is_cuda else x.dtype)
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else x.dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x if wide else x.mT
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024) for parameters that are stacks of matrices (n, rows, cols).
 
-    The same update as torch.optim.Muon without weight decay, but all matrices of one shape are orthogonalized
-    in one batch, in float32 on a CPU.
+    The update of torch.optim.Muon without weight decay; but matrices of one shape go through
+    `orthogonalize` together, and in float32 on a CPU.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
@@ -129,33 +151,34 @@ class Muon(torch.optim.Optimizer):
             for shape in sorted({p.shape[1:] for p in group["params"]}):
                 params = [p for p in group["params"] if p.shape[1:] == shape]
                 grads = [p.grad for p in params]
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-                update = orthogonalize(torch.cat(nesterov)).to(params[0].dtype)
+                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov
+                update = orthogonalize(torch.cat(ahead)).to(params[0].dtype)
                 update *= group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_sub_(params, list(update.split([len(p) for p in params])))
+                torch._foreach_sub_(params, update.split([len(p) for p in params]))
 
 
 def make_optimizers(model: Hybrid, muon_lr: float, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest. No weight decay anywhere."""
+    """Muon for the matrices of the blocks, AdamW for the rest."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 3]
-    rest = [p for p in model.parameters() if all(p is not q for q in matrices)]
+    taken = set(matrices)
+    rest = [p for p in model.parameters() if p not in taken]
     assert len(matrices) + len(rest) == len(list(model.parameters())), \
-        "every parameter is in exactly one optimizer group"
+        "every parameter must be in exactly one optimizer group"
     return [Muon(matrices, lr=muon_lr),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 def lr_factor(step: int, steps: int) -> float:
     """Full rate for 60 % of the run, then down a straight line towards 0."""
-    return min(1.0, (steps - step) / (0.4 * steps))
+    return min(1.0, (steps - step) / (0.4 * steps))  # Choice: schedule
 
 
-# ----------------------------------------------------------------------------------------- data and loss
+# ----------------------------------------------------------------------------- data and evaluation
 
 def batches(task, seed: int, batch_size: int, device: str, step: int):
-    """Endless training batches from `step` on: a function of (seed, step), drawn CHUNK at a time."""
+    """Endless training batches from `step` on. What a step gets depends on (seed, step) alone."""
     while True:
         chunk, first = divmod(step, CHUNK)
         data = task.batch(CHUNK * batch_size, generator(seed, TRAIN, chunk, device), "train")
@@ -165,18 +188,18 @@ def batches(task, seed: int, batch_size: int, device: str, step: int):
 
 
 @torch.no_grad()
-def evaluate(model: Hybrid, data: tuple[Tensor, Tensor], loops: int, windows) -> dict[str, float]:
-    """loss, bit (share of scored tokens right) and exact (share of sequences with all of them right)."""
-    loss, logits, labels = algorithm1(model, *data, loops, windows)
+def evaluate(model: Hybrid, tokens: Tensor, targets: Tensor, loops: int, windows: list[Window]):
+    """loss; bit: share of scored tokens right; exact: share of sequences with all of them right."""
+    loss, logits, labels = algorithm1(model, tokens, targets, loops, windows)
     right, scored = logits.argmax(-1) == labels, labels != IGNORE
     return {"loss": loss.item(), "bit": right[scored].float().mean().item(),
             "exact": (right | ~scored).all(1).float().mean().item()}
 
 
-# ------------------------------------------------------------------------------------------------ a run
+# ----------------------------------------------------------------------------------- a run's folder
 
 def write(path: Path, save):
-    """save(temporary file), then rename: whoever reads path finds the old file or the new, never half."""
+    """save(a temporary path), then rename: path holds the old file or the new one, never half."""
     temporary = path.with_name(path.name + ".tmp")
     save(temporary)
     os.replace(temporary, path)
@@ -188,74 +211,89 @@ def write_log(folder: Path, header: dict, records: list[dict]):
 
 
 def make_header(argv: list[str], options: dict) -> dict:
-    """First line of the log: all that is needed to get the same numbers again."""
+    """First line of the log: what it takes to get the same numbers again."""
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], text=True,
                          cwd=Path(__file__).parent, capture_output=True)
-    gpu = options["device"] == "cuda"
-    return {"command": shlex.join(["python", "train.py", *argv]), "commit": git.stdout.strip() or "unknown",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "hardware": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
-            "config": options}
-
-
-def build(options: argparse.Namespace):
-    """The task and the model's configuration; ValueError in one line where an option is impossible."""
-    task = TASKS[options.task](options.cells, options.states, options.t, options.rule)
-    config = Config(task.vocab_size, options.window or task.window, options.layout, options.d_model,
-                    options.n_head, options.dtype)
-    return task, config
+    hardware = (torch.cuda.get_device_name() if options["device"] == "cuda"
+                else f"CPU, {torch.get_num_threads()} threads")
+    return {"command": shlex.join(["python", "train.py", *argv]),
+            "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__},
+            "hardware": hardware, "config": options}
 
 
 def read_header(parser: Parser, option: str, folder: Path) -> dict:
     try:
         header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-        assert set(header["config"]) == set(vars(parser.parse_args([]))) - {"out", "resume"}
+        if header["config"].keys() != vars(parser.parse_args([])).keys() - {"out", "resume"}:
+            raise ValueError
         return header
-    except FileNotFoundError:
-        parser.error(f"{option} {folder}: holds no run (no log.jsonl); give a folder that train.py has written")
-    except (OSError, ValueError, LookupError, TypeError, AssertionError):
-        parser.error(f"{option} {folder}: log.jsonl is damaged or of another version")
+    except (FileNotFoundError, NotADirectoryError):
+        parser.error(f"{option} {folder}: must be a folder that train.py wrote; no log.jsonl there")
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        parser.error(f"{option} {folder}: its log.jsonl is damaged or of another version")
+
+
+def build(options: argparse.Namespace):
+    """The task and the model's configuration. Raises ValueError where an option is impossible."""
+    task = TASKS[options.task](options.cells, options.states, options.t, options.rule)
+    window = task.window if options.window is None else options.window
+    return task, Config(task.vocab_size, window, options.layout, options.d_model, options.n_head,
+                        options.dtype)
+
+
+def new_folder(task: str) -> Path:
+    """out/TASK-001, or the first number that is free."""
+    for number in range(1, sys.maxsize):
+        folder = Path("out") / f"{task}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
 
 
 def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
-    """Options, folder and log header of the run that argv asks for, new or resumed; exits 2 if it cannot be."""
+    """The options, folder and log header of a run, new or resumed. Exits with 2 if impossible."""
     parser = get_parser()
     options = vars(parser.parse_args(argv))
     out, resume = options.pop("out"), options.pop("resume")
     if resume:
-        if len(argv) > 2:
-            parser.error(f"--resume {resume}: takes no other option, the run's own are restored")
+        if len(argv) > (1 if argv[0].startswith("--resume=") else 2):
+            parser.error(f"--resume {resume}: takes no other option, the run has its own")
         header = read_header(parser, "--resume", resume)
-        options, out = header["config"], resume
+        options = header["config"]
+    gpu = torch.cuda.is_available()
     if options["device"] == "auto":
-        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if options["device"] == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is none here; valid: cpu, auto")
+        options["device"] = "cuda" if gpu else "cpu"
+    if options["device"] == "cuda" and not gpu:
+        parser.error("--device cuda: there is none here; valid are cpu and auto")
     if options["dtype"] == "auto":
         options["dtype"] = "bfloat16" if options["device"] == "cuda" else "float32"
     try:
         build(argparse.Namespace(**options))
     except ValueError as error:
         parser.error(f"--{error}")
-    if not resume:
-        header = make_header(argv, options)
-        try:
-            if out is None:
-                number = 1 + max([0] + [int(p.name[-3:]) for p in Path("out").glob(f"{options['task']}-???")])
-                out = Path("out") / f"{options['task']}-{number:03d}"
-            out.mkdir(parents=True, exist_ok=True)
-            occupied = any(out.iterdir())
-        except OSError as error:
-            parser.error(f"--out {out}: {error.strerror}")
-        if occupied:
-            old = read_header(parser, "--out", out)
-            if old["config"] != options:
-                parser.error(f"--out {out}: holds a run with another configuration; give a new folder")
-            header = old
+    if resume:
+        return argparse.Namespace(**options), resume, header
+
+    header = make_header(argv, options)
+    try:
+        out = out or new_folder(options["task"])
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            header = read_header(parser, "--out", out)
+            if header["config"] != options:
+                parser.error(f"--out {out}: has a run of another configuration; give a new folder")
         else:
             write_log(out, header, [])
+    except OSError as error:
+        parser.error(f"--out {out}: {error.strerror}; give a folder that can be written")
     return argparse.Namespace(**options), out, header
 
+
+# ----------------------------------------------------------------------------------------- training
 
 class Halt(Exception):
     """Ends the run with one line on stderr and an exit code."""
@@ -265,8 +303,8 @@ class Halt(Exception):
         self.code = code
 
 
-def load(path: Path, header: dict, loops: int, model: Hybrid, optimizers: list) -> tuple[int, float, list[dict]]:
-    """Fill model and optimizers from a checkpoint. -> step, seconds, records. Halt(2) if it does not fit."""
+def load(path: Path, header: dict, loops: int, model: Hybrid, optimizers: list):
+    """Fill model and optimizers from a checkpoint -> step, seconds, records. Raises Halt."""
     try:
         saved = torch.load(path, weights_only=True)
         if (saved["config"], saved["loops"]) != (header["config"], loops):
@@ -275,24 +313,26 @@ def load(path: Path, header: dict, loops: int, model: Hybrid, optimizers: list) 
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         return saved["step"], saved["seconds"], saved["records"]
-    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError, pickle.UnpicklingError):
-        raise Halt(2, f"--resume {path.parent}: {path.name} is truncated, damaged or of another model") from None
+    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError,
+            pickle.UnpicklingError):
+        raise Halt(2, f"error: --resume {path.parent}: {path.name} is truncated, damaged or "
+                      "of another model") from None
 
 
-def train_model(loops: int, options: argparse.Namespace, folder: Path, header: dict, log: list[dict],
-                stop: threading.Event):
-    """Train the model that sleeps N = loops passes, from its checkpoint in `folder` if there is one.
+def train_model(loops: int, options: argparse.Namespace, folder: Path, header: dict,
+                log: list[dict], stop: threading.Event):
+    """Train the model that sleeps N = loops passes, from its checkpoint if the folder has one.
 
-    Its evaluations are appended to `log`. `stop`, set at any moment, saves after the step in progress and
-    raises Halt; so does a loss that is not finite, without saving.
+    Appends its evaluations to `log`. Raises Halt once `stop` is set, when the step in progress is
+    done and saved, and at a loss or gradient that is not finite, without saving.
     """
     task, config = build(options)
     torch.manual_seed(options.seed)
     model = Hybrid(config).to(options.device)
     optimizers = make_optimizers(model, options.muon_lr, options.lr)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    step, seconds, records = 0, 0.0, []
     checkpoint = folder / f"N{loops}.pt"
+    step, seconds, records = 0, 0.0, []
     if checkpoint.exists():
         step, seconds, records = load(checkpoint, header, loops, model, optimizers)
         log.extend(records)
@@ -300,30 +340,29 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
 
     held_out = task.batch(options.eval_size, generator(0, EVAL, device=options.device), "held-out")
     windows = cut(held_out[1], config.window)
-    passes = sum((w.stop - w.start) * (1 if w.scored else loops) for w in windows)  # tokens x passes, a sequence
-    floor = task.floor()
-    tokens_a_step = options.batch * task.length
+    passes = sum((w.stop - w.start) * (1 if w.scored else loops) for w in windows)
+    tokens_a_step, floor = options.batch * task.length, task.floor()
     began = time.time() - seconds
-    unchecked = []  # losses and gradient norms still on the device: looking at them waits for it
+    unchecked = []  # losses and gradient norms that are still on the device
 
     def save():
-        state = {"config": header["config"], "loops": loops, "step": step, "seconds": time.time() - began,
-                 "records": records, "model": model.state_dict(),
+        state = {"config": header["config"], "loops": loops, "step": step, "records": records,
+                 "seconds": time.time() - began, "model": model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write(checkpoint, lambda path: torch.save(state, path))
         write_log(folder, header, log)
 
-    bar = tqdm(total=options.steps * tokens_a_step, initial=step * tokens_a_step, desc=f"N = {loops}", unit="tok",
-               unit_scale=True, disable=None, leave=False)
+    bar = tqdm(desc=f"N = {loops}", total=options.steps * tokens_a_step, disable=None, leave=False,
+               initial=step * tokens_a_step, unit="tok", unit_scale=True)
+    data = batches(task, options.seed, options.batch, options.device, step)
     with bar:
-        for tokens, targets in batches(task, options.seed, options.batch, options.device, step):
-            if step == options.steps:
-                break
+        while step < options.steps:
+            tokens, targets = next(data)
             for group, rate in zip(groups, rates):
                 group["lr"] = rate * lr_factor(step, options.steps)
             loss, *_ = algorithm1(model, tokens, targets, loops, windows)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Choice: clipping
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -336,60 +375,59 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 values = torch.stack(unchecked).tolist()
                 for i, pair in enumerate(values, step + 1 - len(values)):
                     if not all(map(math.isfinite, pair)):
-                        kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint yet"
-                        raise Halt(1, f"N = {loops}: loss or gradient is not finite at step {i}; {kept}. "
-                                      f"Try a smaller --muon_lr or --lr.")
-                unchecked = []
-                bar.set_postfix(loss=f"{values[-1][0]:.3f}", exact=f"{records[-1]['exact']:.1%}" if records else "-")
+                        kept = checkpoint if checkpoint.exists() else "none yet"
+                        raise Halt(1, f"N = {loops}: loss or gradient not finite at step {i}; last "
+                                      f"checkpoint: {kept}; try a smaller --muon_lr or --lr")
+                unchecked, train_loss = [], values[-1][0]
+                bar.set_postfix(loss=f"{train_loss:.3f}",
+                                exact=f"{records[-1]['exact']:.1%}" if records else "-")
             if evaluating:
                 record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
-                          "token_passes": step * options.batch * passes, "train_loss": values[-1][0],
-                          **evaluate(model, held_out, loops, windows), "floor": floor,
+                          "token_passes": step * options.batch * passes, "train_loss": train_loss,
+                          **evaluate(model, *held_out, loops, windows), "floor": floor,
                           "seconds": round(time.time() - began, 2)}
                 records.append(record)
                 log.append(record)
-                tqdm.write(f"N {loops:<2} step {step:6d}  tokens {record['tokens'] / 1e6:8.2f}M  "
-                           f"loss {record['loss']:.4f}  bit {record['bit']:7.2%}  exact {record['exact']:7.2%}  "
-                           f"floor {floor:.2%}  {record['seconds']:7.1f} s")
+                tqdm.write("N {loops:<2d} step {step:6d}  tokens {tokens:.2e}  loss {loss:.4f}  "
+                           "bit {bit:7.2%}  exact {exact:7.2%}  floor {floor:.2%}  "
+                           "{seconds:7.1f} s".format(**record))
             if evaluating or stop.is_set():
                 save()
             if stop.is_set():
-                raise Halt(130, f"stopped and saved; go on with: python train.py --resume {folder}")
+                raise Halt(130, f"saved; go on with: python train.py --resume {folder}")
 
 
 def print_facts(options: argparse.Namespace, folder: Path, header: dict):
     task, config = build(options)
-    model = Hybrid(config)
-    matrices, rest = (sum(p.numel() for group in o.param_groups for p in group["params"])
-                      for o in make_optimizers(model, options.muon_lr, options.lr))
-    tokens = options.batch * task.length
-    why = ("tensor cores multiply it fastest; parameters and S stay in float32" if options.dtype == "bfloat16"
-           else "bfloat16 is slow there" if options.device == "cpu" else "as asked")
-    print(f"task    {options.task}: {task.states} states of {task.cells} cells, t = {task.t}; always the same answer is "
-          f"{task.floor():.2%} exact (floor)\n"
-          f"model   {config.layout}, d = {config.d_model}, {config.n_head} heads, L = {config.window}: "
-          f"{matrices + rest:,} parameters ({matrices:,} by Muon, {rest:,} by AdamW)\n"
-          f"run     {options.steps:,} steps of {options.batch} x {task.length} = {tokens:,} tokens, "
-          f"N = {', '.join(map(str, options.loops))}, seed {options.seed}\n"
-          f"device  {header['hardware']}; products in {options.dtype} ({why})\n"
-          f"folder  {folder}")
+    counts = [sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+              for optimizer in make_optimizers(Hybrid(config), options.muon_lr, options.lr)]
+    why = "bfloat16 is slow there" if options.device == "cpu" else "for its tensor cores"
+    print(f"task    {task.title()}\n"
+          f"        always the same answer is {task.floor():.2%} exact: the floor\n"
+          f"model   {config.layout}, d = {config.d_model}, {config.n_head} heads, "
+          f"L = {config.window}: {sum(counts):,} parameters, {counts[0]:,} by Muon\n"
+          f"run     N = {', '.join(map(str, options.loops))}, seed {options.seed}, "
+          f"{options.steps:,} steps of {options.batch} x {task.length} = "
+          f"{options.batch * task.length:,} tokens\n"
+          f"device  {header['hardware']}; matrix products in {options.dtype} ({why}), "
+          f"parameters and S in float32\n"
+          f"folder  {folder}", flush=True)
 
 
 def print_table(log: list[dict]):
-    """The last evaluation of every N."""
-    print(f"\n{'N':>3} {'loss':>8} {'bit':>8} {'exact':>8} {'floor':>8} {'tokens':>8} {'seconds':>8} "
-          f"{'tokens x passes':>16}")
+    """The last evaluation of every N; token passes = tokens times passes over the blocks."""
+    print(f"\n{'N':>3}{'loss':>9}{'bit':>9}{'exact':>9}{'floor':>9}{'tokens':>9}{'seconds':>9}"
+          f"{'token passes':>14}")
     for r in {record["loops"]: record for record in log}.values():
-        print(f"{r['loops']:3d} {r['loss']:8.4f} {r['bit']:8.2%} {r['exact']:8.2%} {r['floor']:8.2%} "
-              f"{r['tokens'] / 1e6:7.2f}M {r['seconds']:8.1f} {r['token_passes'] / 1e6:15.2f}M")
+        print("{loops:3d}{loss:9.4f}{bit:9.2%}{exact:9.2%}{floor:9.2%}{tokens:9.2e}{seconds:9.1f}"
+              "{token_passes:14.2e}".format(**r))
 
 
 def main(argv: list[str] | None = None) -> int:
     options, folder, header = open_run(sys.argv[1:] if argv is None else argv)
     print_facts(options, folder, header)
-    log: list[dict] = []
-    stop = threading.Event()
-    default = signal.signal(signal.SIGINT, lambda *_: stop.set())  # finish the step, then save
+    log, stop = [], threading.Event()
+    default = signal.signal(signal.SIGINT, lambda *_: stop.set())  # a step is never cut in two
     try:
         for loops in options.loops:
             train_model(loops, options, folder, header, log, stop)
