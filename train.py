@@ -96,7 +96,7 @@ def get_parser() -> argparse.ArgumentParser:
     model.add_argument("--d_model", type=whole(), default=64, help="width d (the paper: 256)")
     model.add_argument("--n_head", type=whole(), default=4, help="heads H of every block")
     run = p.add_argument_group("training")
-    run.add_argument("--steps", type=whole(1), default=1600, help="optimizer steps")
+    run.add_argument("--steps", type=whole(1), default=1200, help="optimizer steps")
     run.add_argument("--batch", type=whole(1), default=32, help="sequences a step (the paper: 512)")
     run.add_argument("--muon_lr", type=positive, default=4e-3,
                      help="rate of Muon, for the matrices of the blocks")
