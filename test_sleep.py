@@ -559,9 +559,63 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys, stop_after):
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
     assert lines_of(tmp_path / "whole")[1:] == lines_of(tmp_path / "cut")[1:]
     assert [line["step"] for line in lines_of(tmp_path / "cut")[1:]] == [4, 8, 10] * 2
+    records = [json.loads(line) for line in (tmp_path / "cut/log.jsonl").open()][1:]
+    assert records[0]["seconds"] < records[1]["seconds"] < records[2]["seconds"]
     for loops in (1, 2):
         assert same_weights(*(weights_of(tmp_path / name, loops) for name in ("whole", "cut")))
     assert not list(tmp_path.glob("*/*.tmp"))
+
+
+def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
+    """Guards the training step: clipping, schedule, rates, splits, the order and seeds of the data."""
+    monkeypatch.setattr(train, "CHUNK", 2)
+    arguments = [*TINY, *"--seed 3 --loops 2 --rule 30 --steps 5 --lr 0.02 --muon_lr 0.1".split()]
+    assert train.main([*arguments, "--out", str(tmp_path)]) == 0
+    torch.manual_seed(3)
+    task, model = Rule110(4, 2, 1, 30), Hybrid(Config(3, 4, "as", 16, 2))
+    muon, adam = train.make_optimizers(model, 0.1, 0.02)
+    norms = []
+    for step in range(5):
+        tokens, targets = task.batch(16, generator(3, 0, step // 2), "train")
+        half = slice(8 * (step % 2), 8 * (step % 2) + 8)
+        algorithm1(model, tokens[half], targets[half], 2)[0].backward()
+        norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
+        for p in model.parameters():
+            p.grad /= max(norms[-1], 1)
+        factor = [1, 1, 1, 1, 0.5][step]
+        for optimizer, rate in ((muon, 0.1), (adam, 0.02)):
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad()
+    assert max(norms) > 1, "nothing was clipped, so that clipping is not tested"
+    for name, weight in weights_of(tmp_path, 2).items():
+        torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+    loss = algorithm1(model, *task.batch(32, generator(0, 1), "held-out"), 2)[0].item()
+    assert lines_of(tmp_path)[-1]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_scores_by_hand(monkeypatch):
+    """Guards the two accuracies: bit counts scored tokens, exact sequences without any mistake."""
+    guesses = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]])
+    labels = torch.tensor([[IGNORE, 1, 1], [IGNORE, 1, 0], [0, 0, 1]])
+    logits = F.one_hot(guesses).float()
+    monkeypatch.setattr(train, "algorithm1", lambda *_: (torch.tensor(0.5), logits, labels))
+    scores = train.evaluate(None, None, None, 1, None)
+    assert scores == {"loss": 0.5, "bit": pytest.approx(6 / 7), "exact": pytest.approx(2 / 3)}
+
+
+def test_write_leaves_no_half_file(tmp_path):
+    """Guards the files that were there: a save that dies halfway changes nothing."""
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def dying(temporary):
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.write(path, dying)
+    assert path.read_text() == "old"
 
 
 # -------------------------------------------------------------- 10. it learns, 11. the command line
@@ -648,14 +702,15 @@ def test_what_was_there_is_kept(tmp_path, capsys):
 def test_damaged_resume(tmp_path, capsys):
     """Guards --resume: missing, empty, truncated, of another model, or with other options."""
     base = [*TINY, "--steps", "2", "--loops", "1", "--out"]
-    for name, extra in (("a", []), ("wide", ["--d_model", "32"])):
-        assert train.main([*base, str(tmp_path / name), *extra]) == 0
+    for name, extra in (("a", ""), ("wide", "--d_model 32"), ("seed", "--seed 2")):
+        assert train.main([*base, str(tmp_path / name), *extra.split()]) == 0
     log, weights = tmp_path / "a/log.jsonl", tmp_path / "a/N1.pt"
     kept = weights.read_bytes()
     resume = ["--resume", str(tmp_path / "a")]
     assert "no log.jsonl" in refused(capsys, ["--resume", str(tmp_path / "missing")])
     assert "no other option" in refused(capsys, [*resume, "--steps", "9"])
-    for damaged in (kept[:1000], kept[:-100], b"", (tmp_path / "wide/N1.pt").read_bytes()):
+    others = [(tmp_path / name / "N1.pt").read_bytes() for name in ("wide", "seed")]
+    for damaged in (kept[:1000], kept[:-100], b"", *others):
         weights.write_bytes(damaged)
         before = log.read_bytes()
         assert "N1.pt" in refused(capsys, resume)
