@@ -569,11 +569,11 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys, stop_after):
 def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
     """Guards the training step: clipping, schedule, rates, splits, the order and seeds of the data."""
     monkeypatch.setattr(train, "CHUNK", 2)
-    arguments = [*TINY, *"--seed 3 --loops 2 --rule 30 --steps 5 --lr 0.02 --muon_lr 0.1".split()]
+    arguments = [*TINY, *"--seed 3 --loops 2 --rule 30 --steps 5 --lr 0.05 --muon_lr 0.02".split()]
     assert train.main([*arguments, "--out", str(tmp_path)]) == 0
     torch.manual_seed(3)
     task, model = Rule110(4, 2, 1, 30), Hybrid(Config(3, 4, "as", 16, 2))
-    muon, adam = train.make_optimizers(model, 0.1, 0.02)
+    muon, adam = train.make_optimizers(model, 0.02, 0.05)
     norms = []
     for step in range(5):
         tokens, targets = task.batch(16, generator(3, 0, step // 2), "train")
@@ -583,13 +583,13 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
         for p in model.parameters():
             p.grad /= max(norms[-1], 1)
         factor = [1, 1, 1, 1, 0.5][step]
-        for optimizer, rate in ((muon, 0.1), (adam, 0.02)):
+        for optimizer, rate in ((muon, 0.02), (adam, 0.05)):
             optimizer.param_groups[0]["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad()
     assert max(norms) > 1, "nothing was clipped, so that clipping is not tested"
     for name, weight in weights_of(tmp_path, 2).items():
-        torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-3, atol=1e-4)
     loss = algorithm1(model, *task.batch(32, generator(0, 1), "held-out"), 2)[0].item()
     assert lines_of(tmp_path)[-1]["loss"] == pytest.approx(loss, rel=1e-4)
 
