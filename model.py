@@ -30,11 +30,18 @@ class Config:
     d_model: int = 256      # d
     n_head: int = 4         # H; K = V = d / H
     dtype: str = "float32"  # of activations inside the blocks; parameters, h and S stay in float32
+    # Variants of the sleep, each read at one place; the defaults are Algorithm 1.
+    eviction: str = "hard"       # hard: the whole cache; sliding: all but L - 1 tokens; none
+    loop_blocks: tuple[int, int] | None = None  # only blocks i to j - 1 are looped; None: all
+    carry: str = "h"             # a pass starts from the last one's h, or again from the embedding
+    carry_S: bool = True         # ... and from its S, or again from the S at the window's start
+    sleep_at: str = "sleep"      # where the N passes are spent: asleep, or awake in scored windows
+    rule: str = "gdn"            # gdn, delta (no decay), mamba2 (Eq. 3 as printed: no delta rule)
 
     def __post_init__(self):
-        if not self.layout or set(self.layout) - set("as"):
-            raise ValueError(f"layout {self.layout!r}: must be letters a (attention) and s (SSM), "
-                             "one a block, such as asas")
+        if not self.layout or set(self.layout) - set("asm"):
+            raise ValueError(f"layout {self.layout!r}: must be letters a (attention), s (SSM) and m "
+                             "(SSM without MLP), one a block, such as asas")
         if self.d_model < 1:
             raise ValueError(f"d_model {self.d_model}: must be at least 1")
         if self.n_head < 1 or self.d_model % (2 * self.n_head):
@@ -42,6 +49,15 @@ class Config:
                              "into heads of even size")
         if self.window < 1:
             raise ValueError(f"window {self.window}: must be at least 1")
+        self.loop_blocks = i, j = self.loop_blocks or (0, len(self.layout))
+        if not 0 <= i < j <= len(self.layout):
+            raise ValueError(f"loop_blocks {i}:{j}: must be i:j with 0 <= i < j <= "
+                             f"{len(self.layout)}, the number of blocks")
+
+    @property
+    def keep(self) -> int:
+        """Tokens whose keys and values an eviction keeps."""
+        return {"hard": 0, "sliding": self.window - 1, "none": 2**31}[self.eviction]
 
 
 # -------------------------------------------------------------------------- the two sequence mixers
@@ -60,12 +76,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None,
+              span: int | None = None) -> tuple[Tensor, Cache]:
     """Causal softmax attention (Eq. 2) over the cache and then these L tokens.
 
-    q, k (B, H, L, K), v (B, H, L, V) -> o (B, H, L, V) and the cache grown by L. Only differences
-    of rotary positions matter, so they are counted from the oldest token in the cache, keys are
-    cached unrotated, and no absolute position outlives an eviction.
+    q, k (B, H, L, K), v (B, H, L, V) -> o (B, H, L, V) and the cache grown by L. A query sees the
+    `span` latest tokens, itself included; None: all. Only differences of rotary positions matter,
+    so they are counted from the oldest token in the cache, keys are cached unrotated, and no
+    absolute position outlives an eviction.
     """
     if cache is not None:
         k, v = torch.cat([cache.k, k], dim=2), torch.cat([cache.v, v], dim=2)
@@ -73,12 +91,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None) -> tu
     cos, sin = rotation(C, q.shape[3], torch.promote_types(q.dtype, torch.float32), q.device)
     q, turned = rotate(q, cos[C - L:], sin[C - L:]), rotate(k, cos, sin)  # Choice: rotary positions
     visible = torch.ones(L, C, dtype=torch.bool, device=q.device).tril(C - L)
+    if span is not None and C > span:
+        visible = visible.triu(C - L - span + 1)
     o = F.scaled_dot_product_attention(q, turned, v, attn_mask=visible)   # Eq. (2)
     return o, Cache(k, v)
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
-                     S: Tensor) -> tuple[Tensor, Tensor]:
+                     S: Tensor, delta: bool = True) -> tuple[Tensor, Tensor]:
     """Eq. (3) with the delta rule (Gated DeltaNet, arXiv 2412.06464), a whole window at once:
 
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
@@ -89,6 +109,7 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: T
     Token t really writes u_t k_t^T with u_t = beta_t (v_t - alpha_t S_{t-1} k_t). Unrolling S_{t-1}
     into the starting S and the earlier writes makes the L vectors u a lower triangular system.
     Solve it by substitution only: its keys are nearly collinear, and an inverse by powers explodes.
+    Without the delta rule, Eq. (3) as printed (Mamba-2's), u_t = beta_t v_t.
     """
     L = q.shape[2]
     g = log_alpha.cumsum(-1)                                    # (B, H, L), log gamma
@@ -96,9 +117,11 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: T
     # D_ij = product of alpha over (j, i], 0 for j > i. Masked after exp, gradients would be NaN.
     D = (g[..., :, None] - g[..., None, :]).masked_fill(future, -math.inf).exp()    # (B, H, L, L)
     gamma, beta = g.exp()[..., None], beta[..., None]           # (B, H, L, 1): decay from the start
-    A = beta * (k @ k.mT) * D                                   # (B, H, L, L), diagonal not read
-    w = beta * (v - gamma * (k @ S.mT))                         # (B, H, L, V)
-    u = torch.linalg.solve_triangular(A, w, upper=False, unitriangular=True)
+    u = beta * v                                                # (B, H, L, V)
+    if delta:
+        A = beta * (k @ k.mT) * D                               # (B, H, L, L), diagonal not read
+        u = torch.linalg.solve_triangular(A, u - beta * gamma * (k @ S.mT), upper=False,
+                                          unitriangular=True)
     o = gamma * (q @ S.mT) + (q @ k.mT * D) @ u                   # Eq. (3): read
     S = gamma[:, :, -1:] * S + (D[:, :, -1, :, None] * u).mT @ k  # Eq. (3): delta rule
     return o, S
@@ -132,6 +155,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_head = config.n_head
+        self.span = None if config.eviction == "none" else config.window
         self.qkv = Matrices(config.d_model, config.d_model, 3)
         self.out = Matrices(config.d_model, config.d_model)
 
@@ -139,7 +163,7 @@ class Attention(nn.Module):
         B, L, d = x.shape
         heads = self.qkv(x).view(B, L, 3, self.n_head, -1)  # Eq. (1)
         q, k, v = heads.permute(2, 0, 3, 1, 4)              # each (B, H, L, K)
-        o, cache = attention(norm(q), norm(k), v, cache)    # Choice: normed q and k
+        o, cache = attention(norm(q), norm(k), v, cache, self.span)  # Choice: normed q and k
         return self.out(o.transpose(1, 2).reshape(B, L, d)), cache, S
 
 
@@ -168,7 +192,7 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        d, self.n_head = config.d_model, config.n_head
+        d, self.n_head, self.rule = config.d_model, config.n_head, config.rule
         self.qkvg = Matrices(d, d, 4)
         self.conv = ShortConv(3 * d)  # Choice: short convolution
         self.ab = Matrices(d, self.n_head, 2)
@@ -189,25 +213,36 @@ class GatedDeltaNet(nn.Module):
         a, b = self.ab(x).view(B, L, 2, self.n_head).permute(2, 0, 3, 1).to(S.dtype)  # (B, H, L)
         log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
         q, k = F.normalize(q.to(S.dtype), dim=-1), F.normalize(k.to(S.dtype), dim=-1)
-        o, S = gated_delta_rule(q, k, v.to(S.dtype), log_alpha, b.sigmoid(), S)
+        log_alpha = 0 * log_alpha if self.rule == "delta" else log_alpha
+        o, S = gated_delta_rule(q, k, v.to(S.dtype), log_alpha, b.sigmoid(), S,
+                                delta=self.rule != "mamba2")
         o = norm(o).to(x.dtype) * F.silu(gate)
         return self.out(o.transpose(1, 2).reshape(B, L, d)), cache, S
 
 
 class Block(nn.Module):
-    """Sequence mixer, then MLP, each with a norm before it and a residual around it."""
+    """Sequence mixer, then MLP, each with a norm before it and a residual around it.
+
+    Kind m, an SSM block without MLP, is for insertion into a trained model: it starts as identity.
+    """
 
     def __init__(self, config: Config, kind: str):
         super().__init__()
         self.dtype = getattr(torch, config.dtype)
         self.mixer = Attention(config) if kind == "a" else GatedDeltaNet(config)
-        self.up = Matrices(config.d_model, 4 * config.d_model)
-        self.down = Matrices(4 * config.d_model, config.d_model)
+        self.mlp = kind != "m"
+        if self.mlp:
+            self.up = Matrices(config.d_model, 4 * config.d_model)
+            self.down = Matrices(4 * config.d_model, config.d_model)
+        else:
+            nn.init.zeros_(self.mixer.out.weight)
 
     def forward(self, h: Tensor, cache: Cache | Tail | None, S: Tensor | None):
         """h (B, L, d), what the block remembers -> the same after these L tokens."""
         o, cache, S = self.mixer(norm(h).to(self.dtype), cache, S)
         h = h + o
+        if not self.mlp:
+            return h, cache, S
         up = F.relu(self.up(norm(h).to(self.dtype))).square()  # Choice: squared ReLU
         return h + self.down(up), cache, S
 
@@ -227,15 +262,15 @@ class Hybrid(nn.Module):
         """Nothing cached, S = 0."""
         c, parameter = self.config, self.out.weight
         size = c.d_model // c.n_head  # Differs: V = K
-        S = tuple(parameter.new_zeros(batch_size, c.n_head, size, size) if kind == "s" else None
+        S = tuple(None if kind == "a" else parameter.new_zeros(batch_size, c.n_head, size, size)
                   for kind in c.layout)
         return Memory((None,) * len(c.layout), S)
 
-    def blocks(self, h: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """One pass, awake or asleep: h (B, L, d) and the memory -> the same after these tokens."""
+    def blocks(self, h: Tensor, memory: Memory, start: int, stop: int) -> tuple[Tensor, Memory]:
+        """One pass over the blocks start to stop - 1: h (B, L, d), memory -> the same after it."""
         cache, S = list(memory.cache), list(memory.S)
-        for i, layer in enumerate(self.layers):
-            h, cache[i], S[i] = layer(h, cache[i], S[i])
+        for i in range(start, stop):
+            h, cache[i], S[i] = self.layers[i](h, cache[i], S[i])
         return h, Memory(tuple(cache), tuple(S))
 
     def unembed(self, h: Tensor) -> Tensor:

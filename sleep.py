@@ -44,33 +44,49 @@ class Memory(NamedTuple):
                 "S": sum(S.nbytes for S in self.S if S is not None)}
 
 
-def wake(model, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+def passes(model, tokens: Tensor, memory: Memory, loops: int) -> tuple[Tensor, Memory]:
+    """`loops` passes over one window: tokens (B, L) -> h (B, L, d) and the memory after the last.
+
+    memory is what held when the window began. h and S go on from pass to pass; keys and values are
+    made anew in each, beside those that are kept from earlier windows. Only the blocks i to j - 1 of
+    loop_blocks are looped: those before and after run once. Raises ValueError if loops < 1.
+    """
+    if loops < 1:
+        raise ValueError(f"loops {loops}: must be at least 1")
+    c, (i, j) = model.config, model.config.loop_blocks
+    start, after = model.blocks(model.embed(tokens), memory, 0, i)
+    h = start
+    for _ in range(loops):
+        S = after.S if c.carry_S else memory.S                       # Choice: S carried
+        cache = after.cache[:i] + memory.cache[i:]
+        h, after = model.blocks(h if c.carry == "h" else start, Memory(cache, S), i, j)  # Eq. (6)
+    return model.blocks(h, after, j, len(c.layout))
+
+
+def wake(model, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple[Tensor, Memory]:
     """One ordinary pass: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it."""
-    h, memory = model.blocks(model.embed(tokens), memory)
+    h, memory = passes(model, tokens, memory, loops)
     return model.unembed(h), memory
 
 
 def sleep(model, tokens: Tensor, memory: Memory, loops: int) -> Memory:
-    """N = loops passes over one window (Eq. 6), before its cache is evicted.
+    """N = loops passes over one window (Eq. 6), before its cache is evicted: only memory remains.
 
     tokens (B, L) is the window; memory is what held when the window began, not what reading it
     awake has made of S since. That S is provisional, and for N = 1 it is computed again exactly.
-    h and S go on from pass to pass; keys and values are made anew in each. h is dropped at the end,
-    so that S is the only road from this window to the future, and for gradients back into it.
-    Raises ValueError if loops < 1.
+    h is dropped, so that S (and what `evict` keeps of the cache) is the only road from this window
+    to the future, and for gradients back into it.
     """
-    if loops < 1:
-        raise ValueError(f"loops {loops}: must be at least 1")
-    h, (cache, S) = model.embed(tokens), memory  # Choice: start of sleep
-    for _ in range(loops):
-        h, after = model.blocks(h, Memory(cache, S))  # Eq. (6)
-        S = after.S
-    return after
+    return passes(model, tokens, memory, loops)[1]  # Choice: start of sleep
 
 
-def evict(memory: Memory) -> Memory:
-    """Hard eviction: the whole cache goes, only S crosses the window's boundary."""
-    return memory._replace(cache=(None,) * len(memory.cache))
+def evict(memory: Memory, keep: int = 0) -> Memory:
+    """Drop all but the latest `keep` tokens from the cache: 0 is hard eviction, only S remains."""
+    if not keep:
+        return memory._replace(cache=(None,) * len(memory.cache))
+    return memory._replace(cache=tuple(
+        Cache(entry.k[:, :, -keep:], entry.v[:, :, -keep:]) if isinstance(entry, Cache) else entry
+        for entry in memory.cache))
 
 
 class Window(NamedTuple):
@@ -99,16 +115,17 @@ def algorithm1(model, tokens: Tensor, targets: Tensor, loops: int,
     prediction windows the logits (B, P, vocabulary) and targets (B, P). Backpropagation goes
     through everything. Raises ValueError if nothing is scored.
     """
-    memory, scores = model.empty_memory(len(tokens)), []     # Alg. 1: S = 0
-    windows = windows or cut(targets, model.config.window)   # Alg. 1: windows
+    asleep, awake = (loops, 1) if model.config.sleep_at == "sleep" else (1, loops)
+    memory, scores = model.empty_memory(len(tokens)), []         # Alg. 1: S = 0
+    windows = windows or cut(targets, model.config.window)       # Alg. 1: windows
     for start, stop, scored in windows:
         window = tokens[:, start:stop]
         if scored:
-            logits, memory = wake(model, window, memory)     # Alg. 1: prediction
+            logits, memory = wake(model, window, memory, awake)  # Alg. 1: prediction
             scores.append((logits, targets[:, start:stop]))
         else:
-            memory = sleep(model, window, memory, loops)     # Alg. 1: consolidation
-        memory = evict(memory)                               # Alg. 1: eviction
+            memory = sleep(model, window, memory, asleep)        # Alg. 1: consolidation
+        memory = evict(memory, model.config.keep)                # Alg. 1: eviction
     if not scores:
         raise ValueError("targets: no token is scored")
     logits, labels = (torch.cat(parts, dim=1) for parts in zip(*scores))
@@ -133,11 +150,14 @@ class Stream:
     @torch.no_grad()
     def feed(self, token: Tensor) -> Tensor:
         """token (B,) -> logits (B, vocabulary) for the next one; sleeps if the window is full."""
+        keep = self.model.config.keep
         logits, self.memory = wake(self.model, token[:, None], self.memory)
+        if keep:  # a sliding window slides with every token
+            self.memory = evict(self.memory, keep)
         self.window.append(token)
         if len(self.window) == self.model.config.window:
             slept = sleep(self.model, torch.stack(self.window, dim=1), self.start, self.loops)
-            self.start = self.memory = evict(slept)
+            self.start = self.memory = evict(slept, keep)
             self.window = []
         return logits[:, -1]
 

@@ -33,10 +33,11 @@ def seeded():
     torch.manual_seed(0)
 
 
-def hybrid(layout="asas", window=5, d_model=16, vocab_size=3, dtype="float64"):
-    """A small model in float64, its output projection drawn too: with zeros nothing would show."""
-    model = Hybrid(Config(vocab_size, window, layout, d_model, n_head=2, dtype=dtype))
-    torch.nn.init.normal_(model.out.weight)
+def hybrid(layout="asas", window=5, d_model=16, vocab_size=3, dtype="float64", **variant):
+    """A small model in float64, no matrix of it zero: with zeros nothing would show."""
+    model = Hybrid(Config(vocab_size, window, layout, d_model, n_head=2, dtype=dtype, **variant))
+    for matrix in [model.out, *(layer.mixer.out for layer in model.layers)]:
+        torch.nn.init.normal_(matrix.weight, std=0.3)
     return model.to(getattr(torch, dtype))
 
 
@@ -52,14 +53,14 @@ def sequences(B=2, windows=3, window=5, rest=3, scored=2):
 
 # -------------------------------------------------------------------------------- the literal forms
 
-def literal_delta_rule(q, k, v, log_alpha, beta, S):
-    """Eq. (3) with the delta rule, one token at a time, as printed."""
+def literal_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
+    """Eq. (3), with the delta rule or as printed, one token at a time."""
     outputs = []
     for t in range(q.shape[2]):
         alpha_t, beta_t = log_alpha[:, :, t].exp()[..., None, None], beta[:, :, t][..., None, None]
         k_t, v_t, q_t = (x[:, :, t, :, None] for x in (k, v, q))  # columns
         I = torch.eye(k.shape[-1]).to(S)
-        S = alpha_t * S @ (I - beta_t * k_t @ k_t.mT) + beta_t * v_t @ k_t.mT
+        S = alpha_t * S @ (I - delta * beta_t * k_t @ k_t.mT) + beta_t * v_t @ k_t.mT
         outputs.append((S @ q_t)[..., 0])
     return torch.stack(outputs, dim=2), S
 
@@ -74,15 +75,18 @@ def literal_rotary(x, position):
     return torch.cat([z.real, z.imag], dim=-1)
 
 
-def literal_attention(q, k, v, first=0):
-    """Eq. (2), one query at a time: o_t = V_t^T softmax(K_t q_t / sqrt(d)). Positions start at
-    `first`."""
+def literal_attention(q, k, v, first=0, span=10**9):
+    """Eq. (2), one query at a time: o_t = V_t^T softmax(K_t q_t / sqrt(d)) over the last `span` keys.
+
+    Positions count from `first`; the queries belong to the last keys.
+    """
     outputs = []
-    for t in range(q.shape[2]):
-        q_t = literal_rotary(q[:, :, t], first + t)
-        K_t = torch.stack([literal_rotary(k[:, :, i], first + i) for i in range(t + 1)], dim=2)
+    for t in range(k.shape[2] - q.shape[2], k.shape[2]):
+        seen = range(max(0, t + 1 - span), t + 1)
+        q_t = literal_rotary(q[:, :, t - k.shape[2]], first + t)
+        K_t = torch.stack([literal_rotary(k[:, :, i], first + i) for i in seen], dim=2)
         weights = torch.softmax((K_t @ q_t[..., None])[..., 0] / math.sqrt(q.shape[-1]), dim=-1)
-        outputs.append((v[:, :, :t + 1].mT @ weights[..., None])[..., 0])
+        outputs.append((v[:, :, seen[0]:t + 1].mT @ weights[..., None])[..., 0])
     return torch.stack(outputs, dim=2)
 
 
@@ -91,56 +95,79 @@ def literal_norm(x):
 
 
 def literal_conv(x, w):
-    """y_t = silu(sum_i w_i x_{t-3+i}), nothing before the window."""
+    """y_t = silu(sum_i w_i x_{t-3+i}), nothing before the first x."""
     y = [sum(w[i] * x[:, t - 3 + i] for i in range(4) if t - 3 + i >= 0) for t in range(x.shape[1])]
     y = torch.stack(y, dim=1)
     return y / (1 + torch.exp(-y))
 
 
-def literal_blocks(model, h, S):
-    """One pass of Eq. (5) over a window with an empty cache, from the weights and the literal forms
-    alone."""
-    H, S = model.config.n_head, list(S)
+def literal_blocks(model, h, S, past, start=0, stop=None):
+    """One pass of Eq. (5), or of some of its blocks, from the weights and the literal forms alone.
+
+    past: for each block what it was given before this window: keys and values, or the inputs of its
+    convolution; returned with the window's own behind.
+    """
+    c, H, S, past = model.config, model.config.n_head, list(S), list(past)
+    span = 10**9 if c.eviction == "none" else c.window
 
     def heads(x, W):  # (B, L, d) -> (B, H, L, size)
         return (x @ W.T).unflatten(-1, (H, -1)).transpose(1, 2)
 
-    for i, layer in enumerate(model.layers):
+    def behind(i, *new):  # what is past, then the new, along the tokens
+        past[i] = new if past[i] is None else tuple(
+            torch.cat(pair, dim=-2) for pair in zip(past[i], new))
+        return past[i]
+
+    for i in range(start, len(c.layout) if stop is None else stop):
+        layer = model.layers[i]
         x, mixer = literal_norm(h), layer.mixer
         if model.config.layout[i] == "a":
             q, k, v = (heads(x, W) for W in mixer.qkv.weight)  # Eq. (1)
-            o = literal_attention(literal_norm(q), literal_norm(k), v)
+            o = literal_attention(literal_norm(q), *behind(i, literal_norm(k), v), span=span)
         else:
-            q, k, v = (heads(literal_conv(x @ W.T, w), torch.eye(x.shape[-1]).to(x))
-                       for W, w in zip(mixer.qkvg.weight, mixer.conv.weight.chunk(3, dim=1)))
+            inputs = behind(i, *(x @ W.T for W in mixer.qkvg.weight[:3]))
+            q, k, v = (heads(literal_conv(y, w)[:, -x.shape[1]:], torch.eye(x.shape[-1]).to(x))
+                       for y, w in zip(inputs, mixer.conv.weight.chunk(3, dim=1)))
             gate = heads(x, mixer.qkvg.weight[3])
             a, b = ((x @ W.T).transpose(1, 2) for W in mixer.ab.weight)
             dt = torch.log(1 + torch.exp(a + mixer.dt_bias[:, None]))
             q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
             log_alpha, beta = -mixer.A_log.exp()[:, None] * dt, 1 / (1 + torch.exp(-b))
-            o, S[i] = literal_delta_rule(q, k, v, log_alpha, beta, S[i])
+            log_alpha = torch.zeros_like(log_alpha) if c.rule == "delta" else log_alpha
+            o, S[i] = literal_delta_rule(q, k, v, log_alpha, beta, S[i], delta=c.rule != "mamba2")
             o = literal_norm(o) * gate / (1 + torch.exp(-gate))
         h = h + o.transpose(1, 2).flatten(2) @ mixer.out.weight[0].T
-        h = h + (literal_norm(h) @ layer.up.weight[0].T).clamp(min=0) ** 2 @ layer.down.weight[0].T
-    return h, S
+        if c.layout[i] != "m":
+            up = (literal_norm(h) @ layer.up.weight[0].T).clamp(min=0) ** 2
+            h = h + up @ layer.down.weight[0].T
+    return h, S, past
 
 
 def literal_algorithm1(model, tokens, targets, loops):
     """Algorithm 1, from the paper's words. -> the mean cross-entropy of the scored tokens."""
-    L = model.config.window
-    B, H = len(tokens), model.config.n_head
-    zero = torch.zeros(B, H, model.config.d_model // H, model.config.d_model // H).double()
-    S = [zero if kind == "s" else None for kind in model.config.layout]
-    losses = []
+    c, L, B, H = model.config, model.config.window, len(tokens), model.config.n_head
+    zero = torch.zeros(B, H, c.d_model // H, c.d_model // H).double()
+    S, past = [None if kind == "a" else zero for kind in c.layout], [None] * len(c.layout)
+    losses, (i, j) = [], c.loop_blocks
     while tokens.shape[1]:
         window, scored = tokens[:, :L], targets[:, :L]
         tokens, targets = tokens[:, L:], targets[:, L:]
-        h = model.embed.weight[window]
-        if (scored == IGNORE).all():
-            for _ in range(loops):
-                h, S = literal_blocks(model, h, S)
-        else:
-            h, S = literal_blocks(model, h, S)
+        consolidation = (scored == IGNORE).all()
+        embedded, S, new_past = literal_blocks(model, model.embed.weight[window], S, past, 0, i)
+        h, S_before = embedded, S
+        for n in range(loops if consolidation == (c.sleep_at == "sleep") else 1):
+            if c.carry == "embed":
+                h = embedded
+            if not c.carry_S:
+                S = S_before
+            h, S, new_past = literal_blocks(model, h, S, new_past[:i] + past[i:], i, j)
+        h, S, past = literal_blocks(model, h, S, new_past, j)
+        if c.eviction == "hard":
+            past = [None] * len(c.layout)
+        elif c.eviction == "sliding":
+            past = [tuple(x[..., -(L - 1):, :] for x in entry) if kind == "a" else entry
+                    for kind, entry in zip(c.layout, past)]
+        if not consolidation:
             log_p = torch.log_softmax(literal_norm(h) @ model.out.weight[0].T, dim=-1)
             losses += [-log_p[b, t, scored[b, t]]
                        for b, t in product(range(B), range(window.shape[1]))
@@ -160,11 +187,11 @@ def delta_rule_inputs(L, dtype=torch.float64, collinear=False, B=2, H=3, K=4, V=
 
 
 @pytest.mark.parametrize("collinear", [False, True])
-@pytest.mark.parametrize("L", [1, 4, 24, 75])
-def test_delta_rule_equals_token_loop(L, collinear):
+@pytest.mark.parametrize("L, delta", [(1, True), (4, True), (24, True), (75, True), (9, False)])
+def test_delta_rule_equals_token_loop(L, delta, collinear):
     """Guards Eq. (3): a wrong decay, a transposed S, a mask after exp, an inverse that explodes."""
     inputs = delta_rule_inputs(L, collinear=collinear)
-    ours, literal = gated_delta_rule(*inputs), literal_delta_rule(*inputs)
+    ours, literal = gated_delta_rule(*inputs, delta), literal_delta_rule(*inputs, delta)
     cotangents = [torch.randn_like(x) for x in literal]
     ours_grads = torch.autograd.grad(ours, inputs, cotangents)
     literal_grads = torch.autograd.grad(literal, inputs, cotangents)
@@ -212,12 +239,15 @@ def test_attention_with_cache_equals_all_at_once(pieces):
 
 # ----------------------------------------------------------------------------------- 3. Algorithm 1
 
-@pytest.mark.parametrize("layout, loops",
-                         [("asas", 1), ("asas", 2), ("as", 4), ("aaaa", 2), ("sa", 3)])
-def test_algorithm1_equals_its_words(layout, loops):
-    """Guards Eq. (1) to (6) and Algorithm 1 as a whole: values, and gradients of every
-    parameter."""
-    model, (tokens, targets) = hybrid(layout), sequences(rest=4, scored=3)
+@pytest.mark.parametrize("layout, loops, variant", [
+    ("asas", 1, {}), ("asas", 2, {}), ("as", 4, {}), ("aaaa", 2, {}), ("sa", 3, {}), ("ama", 2, {}),
+    ("asas", 2, {"eviction": "sliding"}), ("as", 2, {"eviction": "none"}),
+    ("asas", 3, {"loop_blocks": (1, 3)}), ("sas", 2, {"carry": "embed"}), ("sa", 3, {"carry_S": False}),
+    ("asas", 2, {"sleep_at": "wake"}), ("as", 2, {"rule": "delta"}), ("as", 2, {"rule": "mamba2"}),
+    ("asam", 2, {"eviction": "sliding", "loop_blocks": (1, 4), "rule": "mamba2", "carry": "embed"})])
+def test_algorithm1_equals_its_words(layout, loops, variant):
+    """Guards Eq. (1) to (6), Algorithm 1 and its variants: values, gradients of every parameter."""
+    model, (tokens, targets) = hybrid(layout, **variant), sequences(rest=4, scored=3)
     loss = algorithm1(model, tokens, targets, loops)[0]
     literal = literal_algorithm1(model, tokens, targets, loops)
     torch.testing.assert_close(loss, literal)
@@ -255,12 +285,13 @@ def test_last_window_may_hold_context_query_and_answer():
 
 # ------------------------------------------------------------------------------------- 4. streaming
 
-@pytest.mark.parametrize("loops", [1, 2, 4])
-@pytest.mark.parametrize("layout", ["asas", "sa"])
-def test_stream_equals_algorithm1(layout, loops):
-    """Guards "train on windows, use token by token": state that differs between the two
-    readings."""
-    model, (tokens, targets) = hybrid(layout), sequences()
+@pytest.mark.parametrize("loops, loop_blocks", [(1, None), (2, None), (4, None), (3, (1, 3))])
+@pytest.mark.parametrize("eviction", ["hard", "sliding", "none"])
+@pytest.mark.parametrize("rule", ["gdn", "delta", "mamba2"])
+def test_stream_equals_algorithm1(loops, loop_blocks, eviction, rule):
+    """Guards "train on windows, use token by token": state that differs between the two."""
+    model = hybrid("asas", eviction=eviction, loop_blocks=loop_blocks, rule=rule)
+    tokens, targets = sequences()
     stream = Stream(model, loops, batch_size=len(tokens))
     logits = torch.stack([stream.feed(token) for token in tokens.T], dim=1)
     torch.testing.assert_close(logits[:, -3:], algorithm1(model, tokens, targets, loops)[1])
@@ -276,6 +307,26 @@ def test_one_loop_repeats_the_provisional_state():
     slept = [sleep(model, window, start, loops).S[1] for loops in (1, 2)]
     torch.testing.assert_close(slept[0], memory.S[1])
     assert (slept[1] - memory.S[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("eviction", ["sliding", "none"])
+def test_one_loop_with_a_cache_is_one_long_reading(eviction):
+    """Guards the sliding window: N = 1 is sliding-window attention and SSM over the whole text."""
+    model, (tokens, targets) = hybrid(eviction=eviction), sequences()
+    memory = model.empty_memory(len(tokens))
+    h, *_ = literal_blocks(model, model.embed(tokens), memory.S, [None] * 4)
+    logits = literal_norm(h) @ model.out.weight[0].T
+    torch.testing.assert_close(algorithm1(model, tokens, targets, 1)[1], logits[:, -3:])
+
+
+def test_sliding_cache_is_bounded():
+    """Guards the sliding window's memory: never more than L keys in a block, L - 1 between tokens."""
+    model, sizes = hybrid(eviction="sliding"), []
+    stream = Stream(model, loops=1)
+    for token in torch.zeros(23, 1, dtype=torch.long):
+        stream.feed(token)
+        sizes.append(stream.memory.cache[0].k.shape[2])
+    assert sizes == [1, 2, 3] + [4] * 20
 
 
 def test_stream_memory_is_bounded():
@@ -335,7 +386,8 @@ def test_every_pass_contributes_its_gradient():
         memory = model.empty_memory(1)
         original = model.blocks
         displacements = iter([*(shift[:, None, None, None] * directions), 0])
-        model.blocks = lambda h, memory: original(h + next(displacements), memory)
+        model.blocks = lambda h, memory, i, j: original(
+            h + next(displacements) if i < j else h, memory, i, j)
         try:
             return wake(model, query, evict(sleep(model, window, memory, 3)))[0][0, 0, 0]
         finally:
