@@ -40,8 +40,8 @@ class Config:
 
     def __post_init__(self):
         if not self.layout or set(self.layout) - set("asm"):
-            raise ValueError(f"layout {self.layout!r}: must be letters a (attention), s (SSM) and m "
-                             "(SSM without MLP), one a block, such as asas")
+            raise ValueError(f"layout {self.layout!r}: must be letters a (attention), s (SSM) and "
+                             "m (SSM without MLP), one a block, such as asas")
         if self.d_model < 1:
             raise ValueError(f"d_model {self.d_model}: must be at least 1")
         if self.n_head < 1 or self.d_model % (2 * self.n_head):

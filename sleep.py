@@ -48,19 +48,18 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int) -> tuple[Tensor, M
     """`loops` passes over one window: tokens (B, L) -> h (B, L, d) and the memory after the last.
 
     memory is what held when the window began. h and S go on from pass to pass; keys and values are
-    made anew in each, beside those that are kept from earlier windows. Only the blocks i to j - 1 of
-    loop_blocks are looped: those before and after run once. Raises ValueError if loops < 1.
+    made anew in each, beside those kept from earlier windows. Only the blocks i to j - 1 of
+    loop_blocks are looped, those before and after run once. Raises ValueError if loops < 1.
     """
     if loops < 1:
         raise ValueError(f"loops {loops}: must be at least 1")
     c, (i, j) = model.config, model.config.loop_blocks
-    start, after = model.blocks(model.embed(tokens), memory, 0, i)
-    h = start
+    first, begun = model.blocks(model.embed(tokens), memory, 0, i)
+    h, S = first, begun.S
     for _ in range(loops):
-        S = after.S if c.carry_S else memory.S                       # Choice: S carried
-        cache = after.cache[:i] + memory.cache[i:]
-        h, after = model.blocks(h if c.carry == "h" else start, Memory(cache, S), i, j)  # Eq. (6)
-    return model.blocks(h, after, j, len(c.layout))
+        h, after = model.blocks(h, Memory(begun.cache, S), i, j)  # Eq. (6)
+        last, h, S = h, h if c.carry == "h" else first, after.S if c.carry_S else begun.S
+    return model.blocks(last, after, j, len(c.layout))
 
 
 def wake(model, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple[Tensor, Memory]:
