@@ -6,17 +6,20 @@ evaluation) and a checkpoint for each N; --resume DIR goes on exactly where it s
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
 import pickle
 import platform
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,20 @@ from data import IGNORE, TASKS, generator
 from model import Config, Hybrid
 from sleep import Window, algorithm1, cut
 
+TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults stand
+    "t": "rule110: steps of the automaton, the difficulty (4; the paper: up to 32)",
+    "cells": "rule110: cells in a state (12; the paper: 24)",
+    "states": "rule110: states in a sequence (2; the paper: 4)",
+    "automaton": "rule110: number of the elementary rule (110)",
+    "nodes": "depo: nodes of the largest cycle (75, as the paper)",
+    "hops": "depo: hops at most (16, as the paper)",
+    "questions": "depo: questions in a sequence (10, as the paper)",
+    "names": "depo: tokens that end a name, and as many that begin one (50, as the paper)",
+    "ops": "gsm: needed operations at most (8)",
+    "statements": "gsm: statements in a problem, needed or not (16)",
+    "modulus": "gsm: a prime; answers are 0 to modulus - 1 (11)",
+    "variables": "gsm: names for variables (26)",
+    "question": "gsm: asked first or last (first)"}
 TRAIN, EVAL = 0, 1  # streams of random numbers
 CHUNK = 64          # training batches drawn in one call
 CHECK_EVERY = 10    # steps between looks at the loss, each of which waits for the device
@@ -66,7 +83,7 @@ def positive(text: str) -> float:
     return value
 
 
-def loops_list(text: str) -> list[int]:
+def several(text: str) -> list[int]:
     """An argparse type: "2" or "1,2,4"."""
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts) or len(set(parts)) < len(parts):
@@ -75,33 +92,65 @@ def loops_list(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def span(text: str) -> list[int]:
+    """An argparse type: "1:3"."""
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be i:j, two whole numbers")
+    return [int(part) for part in parts]
+
+
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="train.py", description=__doc__.split("\n\n")[0],
+    p = Parser(prog="train.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    task = p.add_argument_group("task")
-    task.add_argument("--task", choices=TASKS, default="rule110",
-                      help="what to learn; python data.py shows an example")
-    task.add_argument("--t", type=whole(), default=4, help="steps of the automaton: the difficulty")
-    task.add_argument("--cells", type=whole(), default=12, help="cells in a state (the paper: 24)")
-    task.add_argument("--states", type=whole(), default=2,
-                      help="states in a sequence (the paper: 4)")
-    task.add_argument("--rule", type=whole(), default=110, help="number of the elementary rule")
+    task = p.add_argument_group("task", "python data.py shows an example of each")
+    task.add_argument("--task", choices=TASKS, default="rule110", help="what to learn")
+    for name, text in TASK_OPTIONS.items():
+        task.add_argument(f"--{name}", type=str if name == "question" else whole(),
+                          default=argparse.SUPPRESS, help=text)
     model = p.add_argument_group("model")
-    model.add_argument("--loops", type=loops_list, default="1,2", metavar="N[,N...]",
-                       help="passes over each window asleep; a list trains one model for each")
-    model.add_argument("--window", type=whole(), metavar="L",
-                       help="tokens between evictions of the cache; None: one state")
     model.add_argument("--layout", default="as",
-                       help="a letter a block: a attention, s SSM (the paper: asas)")
+                       help="a letter a block: a attention, s SSM (the paper: asas), m SSM without "
+                            "MLP, for insertion into a trained model")
     model.add_argument("--d_model", type=whole(), default=64, help="width d (the paper: 256)")
     model.add_argument("--n_head", type=whole(), default=4, help="heads H of every block")
+    model.add_argument("--rule", choices=["gdn", "delta", "mamba2"], default="gdn",
+                       help="update of S: Gated DeltaNet, or without its decay, or its delta rule")
+    sleep = p.add_argument_group("sleep")
+    sleep.add_argument("--loops", type=several, default="1,2", metavar="N[,N...]",
+                       help="passes over each window asleep; a list trains one model for each")
+    sleep.add_argument("--window", type=whole(), metavar="L",
+                       help="tokens between evictions of the cache; None: the task's own")
+    sleep.add_argument("--eviction", choices=["hard", "sliding", "none"], default="hard",
+                       help="what goes: the whole cache, all but the latest L - 1 tokens, nothing")
+    sleep.add_argument("--loop_blocks", type=span, metavar="i:j",
+                       help="loop only the blocks i to j - 1; the others run once; None: loop all")
+    sleep.add_argument("--carry", choices=["h", "embed"], default="h",
+                       help="a pass starts from the h of the one before, or from the embedding")
+    sleep.add_argument("--carry_S", action=argparse.BooleanOptionalAction, default=True,
+                       help="a pass starts from the S of the one before, or from the window's")
+    sleep.add_argument("--sleep_at", choices=["sleep", "wake"], default="sleep",
+                       help="wake: spend the N passes in the scored windows instead")
+    sleep.add_argument("--loops_schedule", type=several, metavar="N[,N...]",
+                       help="train with these passes in equal parts of the run; None: N throughout")
+    sleep.add_argument("--eval_loops", type=several, metavar="N[,N...]",
+                       help="at the end, evaluate with other numbers of passes as well")
     run = p.add_argument_group("training")
-    run.add_argument("--steps", type=whole(1), default=1200, help="optimizer steps")
+    run.add_argument("--steps", type=whole(0), default=1200,
+                     help="optimizer steps; 0 only evaluates")
     run.add_argument("--batch", type=whole(1), default=32, help="sequences a step (the paper: 512)")
     run.add_argument("--muon_lr", type=positive, default=4e-3,
                      help="rate of Muon, for the matrices of the blocks")
     run.add_argument("--lr", type=positive, default=1e-3,
                      help="rate of AdamW, for all other parameters")
+    run.add_argument("--curriculum", type=several, metavar="LEVEL[,LEVEL...]",
+                     help="train on these levels (t, hops or operations) in equal parts of the "
+                          "run; None: on the task's own mixture")
+    run.add_argument("--init", metavar="DIR",
+                     help="start from the weights of another run: a folder with one checkpoint, "
+                          "or a file N*.pt; its layout may lack the m blocks")
+    run.add_argument("--train", choices=["all", "new"], default="all",
+                     help="new: train only the blocks that the checkpoint of --init lacks")
     run.add_argument("--seed", type=whole(0), default=1, help="of start values and training data")
     run.add_argument("--eval_every", type=whole(1), default=200,
                      help="steps between evaluations, each followed by a checkpoint")
@@ -161,11 +210,12 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: Hybrid, muon_lr: float, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest."""
-    matrices = [p for p in model.layers.parameters() if p.ndim == 3]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in model.layers.parameters() if p.requires_grad and p.ndim == 3]
     taken = set(matrices)
-    rest = [p for p in model.parameters() if p not in taken]
-    assert len(matrices) + len(rest) == len(list(model.parameters())), \
-        "every parameter must be in exactly one optimizer group"
+    rest = [p for p in trained if p not in taken]
+    assert len(matrices) + len(rest) == len(trained), \
+        "every trained parameter must be in exactly one optimizer group"
     return [Muon(matrices, lr=muon_lr),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
@@ -177,13 +227,20 @@ def lr_factor(step: int, steps: int) -> float:
 
 # ----------------------------------------------------------------------------- data and evaluation
 
-def batches(task, seed: int, batch_size: int, device: str, step: int):
+def stage(values: list | None, step: int, steps: int, default=None):
+    """Which of `values` holds at `step`, each for an equal part of the run."""
+    return values[min(step * len(values) // steps, len(values) - 1)] if values else default
+
+
+def batches(task, options: argparse.Namespace, step: int):
     """Endless training batches from `step` on. What a step gets depends on (seed, step) alone."""
     while True:
         chunk, first = divmod(step, CHUNK)
-        data = task.batch(CHUNK * batch_size, generator(seed, TRAIN, chunk, device), "train")
+        level = stage(options.curriculum, chunk * CHUNK, options.steps)
+        data = task.batch(CHUNK * options.batch,
+                          generator(options.seed, TRAIN, chunk, options.device), "train", level)
         for i in range(first, CHUNK):
-            yield tuple(x[i * batch_size:(i + 1) * batch_size] for x in data)
+            yield tuple(x[i * options.batch:(i + 1) * options.batch] for x in data)
         step = (chunk + 1) * CHUNK
 
 
@@ -194,6 +251,15 @@ def evaluate(model: Hybrid, tokens: Tensor, targets: Tensor, loops: int, windows
     right, scored = logits.argmax(-1) == labels, labels != IGNORE
     return {"loss": loss.item(), "bit": right[scored].float().mean().item(),
             "exact": (right | ~scored).all(1).float().mean().item()}
+
+
+def evaluate_levels(model: Hybrid, task, held_out: dict, loops: int, windows: list[Window]):
+    """The means over the task's levels, and, where there are several, each level by itself."""
+    levels = {level: {**evaluate(model, *data, loops, windows), "floor": task.floor(level)}
+              for level, data in held_out.items()}
+    means = {name: sum(scores[name] for scores in levels.values()) / len(levels)
+             for name in ("loss", "bit", "exact", "floor")}
+    return means if len(levels) == 1 else {**means, "levels": levels}
 
 
 # ----------------------------------------------------------------------------------- a run's folder
@@ -226,7 +292,8 @@ def make_header(argv: list[str], options: dict) -> dict:
 def read_header(parser: Parser, option: str, folder: Path) -> dict:
     try:
         header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-        if header["config"].keys() != vars(parser.parse_args([])).keys() - {"out", "resume"}:
+        expected = vars(parser.parse_args([])).keys() - {"out", "resume"}
+        if header["config"].keys() - TASK_OPTIONS.keys() != expected:
             raise ValueError
         return header
     except (FileNotFoundError, NotADirectoryError):
@@ -235,12 +302,55 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
         parser.error(f"{option} {folder}: its log.jsonl is damaged or of another version")
 
 
-def build(options: argparse.Namespace):
-    """The task and the model's configuration. Raises ValueError where an option is impossible."""
-    task = TASKS[options.task](options.cells, options.states, options.t, options.rule)
-    window = task.window if options.window is None else options.window
-    return task, Config(task.vocab_size, window, options.layout, options.d_model, options.n_head,
-                        options.dtype)
+def initialize(model: Hybrid, path: Path, train: str):
+    """Weights from another run's checkpoint; m blocks that it lacks keep their start, the identity.
+
+    train = "new" then freezes all but those blocks. Raises ValueError if it does not fit.
+    """
+    if path.is_dir() and len(found := list(path.glob("N*.pt"))) == 1:
+        path = found[0]
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        old, new = saved["config"]["layout"], model.config.layout
+        kept = [i for i, kind in enumerate(new) if old == new or kind != "m"]
+        weights = {re.sub(r"^layers\.(\d+)", lambda match: f"layers.{kept[int(match[1])]}", name): x
+                   for name, x in saved["model"].items()}
+        fresh = model.load_state_dict(weights, strict=False).missing_keys
+        if "".join(new[i] for i in kept) != old:
+            raise ValueError
+    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError,
+            pickle.UnpicklingError):
+        raise ValueError(f"init {path}: must be a checkpoint N*.pt, or a folder with only one, of "
+                         "the same task, width and layout, m blocks aside") from None
+    if train == "new":
+        if not fresh:
+            raise ValueError(f"train new: must come with m blocks in the layout that {path} lacks")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in fresh)
+
+
+def build(options: dict):
+    """The task and the model at its start. Raises ValueError where an option is impossible."""
+    given = {name: value for name, value in options.items() if value is not None}
+    has = inspect.signature(TASKS[options["task"]]).parameters
+    for name in TASK_OPTIONS:
+        if name in given and name not in has:
+            raise ValueError(f"{name} {given[name]}: must not be given, "
+                             f"task {options['task']} has {', '.join(has)}")
+    task = TASKS[options["task"]](**{name: given[name] for name in has if name in given})
+    for level in options["curriculum"] or []:
+        try:
+            task.batch(1, generator(0, TRAIN), level=level)
+        except ValueError as error:
+            raise ValueError(f"curriculum: {error}") from None
+    model = {field.name: given[field.name] for field in fields(Config) if field.name in given}
+    torch.manual_seed(options["seed"])
+    model = Hybrid(Config(**{"vocab_size": task.vocab_size, "window": task.window, **model}))
+    if options["init"]:
+        initialize(model, Path(options["init"]), options["train"])
+    elif options["train"] == "new":
+        raise ValueError("train new: must come with --init")
+    return task, model
 
 
 def new_folder(task: str) -> Path:
@@ -272,7 +382,8 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
     if options["dtype"] == "auto":
         options["dtype"] = "bfloat16" if options["device"] == "cuda" else "float32"
     try:
-        build(argparse.Namespace(**options))
+        task, _ = build(options)
+        options |= {name: getattr(task, name) for name in TASK_OPTIONS if hasattr(task, name)}
     except ValueError as error:
         parser.error(f"--{error}")
     if resume:
@@ -304,7 +415,7 @@ class Halt(Exception):
 
 
 def load(path: Path, header: dict, loops: int, model: Hybrid, optimizers: list):
-    """Fill model and optimizers from a checkpoint -> step, seconds, records. Raises Halt."""
+    """Fill model and optimizers -> step, token_passes, seconds, records. Raises Halt."""
     try:
         saved = torch.load(path, weights_only=True)
         if (saved["config"], saved["loops"]) != (header["config"], loops):
@@ -312,11 +423,28 @@ def load(path: Path, header: dict, loops: int, model: Hybrid, optimizers: list):
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        return saved["step"], saved["seconds"], saved["records"]
+        return saved["step"], saved["token_passes"], saved["seconds"], saved["records"]
     except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError,
             pickle.UnpicklingError):
         raise Halt(2, f"error: --resume {path.parent}: {path.name} is truncated, damaged or "
                       "of another model") from None
+
+
+def passes_over(windows: list[Window], loops: int, sleep_at: str) -> int:
+    """Tokens times passes over the blocks in one sequence: what N costs."""
+    return sum((stop - start) * (loops if scored == (sleep_at == "wake") else 1)
+               for start, stop, scored in windows)
+
+
+def line(record: dict) -> str:
+    """One evaluation, to be read and to be grepped."""
+    text = ("N {loops:<2d} step {step:6d}  tokens {tokens:.2e}  loss {loss:.4f}  bit {bit:7.2%}  "
+            "exact {exact:7.2%}  floor {floor:.2%}  {seconds:7.1f} s").format(**record)
+    for name in ("levels", "eval_loops"):
+        if name in record:
+            text += f"\n     exact by {name}: " + "  ".join(
+                f"{key}: {scores['exact']:.1%}" for key, scores in record[name].items())
+    return text
 
 
 def train_model(loops: int, options: argparse.Namespace, folder: Path, header: dict,
@@ -326,86 +454,97 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
     Appends its evaluations to `log`. Raises Halt once `stop` is set, when the step in progress is
     done and saved, and at a loss or gradient that is not finite, without saving.
     """
-    task, config = build(options)
-    torch.manual_seed(options.seed)
-    model = Hybrid(config).to(options.device)
+    task, model = build(vars(options))
+    model.to(options.device)
     optimizers = make_optimizers(model, options.muon_lr, options.lr)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     checkpoint = folder / f"N{loops}.pt"
-    step, seconds, records = 0, 0.0, []
+    step, token_passes, seconds, records, train_loss = 0, 0, 0.0, [], None
     if checkpoint.exists():
-        step, seconds, records = load(checkpoint, header, loops, model, optimizers)
+        step, token_passes, seconds, records = load(checkpoint, header, loops, model, optimizers)
         log.extend(records)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
-    held_out = task.batch(options.eval_size, generator(0, EVAL, device=options.device), "held-out")
-    windows = cut(held_out[1], config.window)
-    passes = sum((w.stop - w.start) * (1 if w.scored else loops) for w in windows)
-    tokens_a_step, floor = options.batch * task.length, task.floor()
+    size = -(-options.eval_size // len(task.levels))
+    held_out = {level: task.batch(size, generator(0, EVAL, i, options.device), "held-out", level)
+                for i, level in enumerate(task.levels)}
+    windows = cut(torch.cat([data[1] for data in held_out.values()]), model.config.window)
+    tokens_a_step = options.batch * task.length
     began = time.time() - seconds
     unchecked = []  # losses and gradient norms that are still on the device
 
     def save():
-        state = {"config": header["config"], "loops": loops, "step": step, "records": records,
-                 "seconds": time.time() - began, "model": model.state_dict(),
+        state = {"config": header["config"], "loops": loops, "records": records, "step": step,
+                 "token_passes": token_passes, "seconds": time.time() - began,
+                 "model": model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write(checkpoint, lambda path: torch.save(state, path))
         write_log(folder, header, log)
 
+    def check():
+        """Look at the losses and norms of the last steps; the loss of the last one."""
+        values = torch.stack(unchecked).tolist()
+        for i, pair in enumerate(values, step + 1 - len(values)):
+            if not all(map(math.isfinite, pair)):
+                kept = checkpoint if checkpoint.exists() else "none yet"
+                raise Halt(1, f"N = {loops}: loss or gradient not finite at step {i}; last "
+                              f"checkpoint: {kept}; try a smaller --muon_lr or --lr")
+        unchecked.clear()
+        return values[-1][0]
+
     bar = tqdm(desc=f"N = {loops}", total=options.steps * tokens_a_step, disable=None, leave=False,
                initial=step * tokens_a_step, unit="tok", unit_scale=True)
-    data = batches(task, options.seed, options.batch, options.device, step)
+    data = batches(task, options, step)
     with bar:
-        while step < options.steps:
+        while True:
+            evaluating = step % options.eval_every == 0 or step == options.steps
+            if unchecked and (evaluating or stop.is_set() or len(unchecked) == CHECK_EVERY):
+                train_loss = check()
+                bar.set_postfix(loss=f"{train_loss:.3f}", exact=f"{records[-1]['exact']:.1%}")
+            if evaluating and (not records or records[-1]["step"] < step):
+                scores = evaluate_levels(model, task, held_out, loops, windows)
+                record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
+                          "token_passes": token_passes, "train_loss": train_loss, **scores,
+                          "seconds": round(time.time() - began, 2)}
+                if step == options.steps and options.eval_loops:
+                    record["eval_loops"] = {n: evaluate_levels(model, task, held_out, n, windows)
+                                            for n in options.eval_loops}
+                records.append(record)
+                log.append(record)
+                tqdm.write(line(record))
+                save()
+            if stop.is_set():
+                save()
+                raise Halt(130, f"saved; go on with: python train.py --resume {folder}")
+            if step == options.steps:
+                break
+
             tokens, targets = next(data)
+            N = stage(options.loops_schedule, step, options.steps, loops)
             for group, rate in zip(groups, rates):
                 group["lr"] = rate * lr_factor(step, options.steps)
-            loss, *_ = algorithm1(model, tokens, targets, loops, windows)
+            loss, *_ = algorithm1(model, tokens, targets, N, windows)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Choice: clipping
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
+            token_passes += options.batch * passes_over(windows, N, options.sleep_at)
             unchecked.append(torch.stack([loss.detach(), norm]))
             bar.update(tokens_a_step)
 
-            evaluating = step % options.eval_every == 0 or step == options.steps
-            if evaluating or stop.is_set() or len(unchecked) == CHECK_EVERY:
-                values = torch.stack(unchecked).tolist()
-                for i, pair in enumerate(values, step + 1 - len(values)):
-                    if not all(map(math.isfinite, pair)):
-                        kept = checkpoint if checkpoint.exists() else "none yet"
-                        raise Halt(1, f"N = {loops}: loss or gradient not finite at step {i}; last "
-                                      f"checkpoint: {kept}; try a smaller --muon_lr or --lr")
-                unchecked, train_loss = [], values[-1][0]
-                bar.set_postfix(loss=f"{train_loss:.3f}",
-                                exact=f"{records[-1]['exact']:.1%}" if records else "-")
-            if evaluating:
-                record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
-                          "token_passes": step * options.batch * passes, "train_loss": train_loss,
-                          **evaluate(model, *held_out, loops, windows), "floor": floor,
-                          "seconds": round(time.time() - began, 2)}
-                records.append(record)
-                log.append(record)
-                tqdm.write("N {loops:<2d} step {step:6d}  tokens {tokens:.2e}  loss {loss:.4f}  "
-                           "bit {bit:7.2%}  exact {exact:7.2%}  floor {floor:.2%}  "
-                           "{seconds:7.1f} s".format(**record))
-            if evaluating or stop.is_set():
-                save()
-            if stop.is_set():
-                raise Halt(130, f"saved; go on with: python train.py --resume {folder}")
-
 
 def print_facts(options: argparse.Namespace, folder: Path, header: dict):
-    task, config = build(options)
-    counts = [sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-              for optimizer in make_optimizers(Hybrid(config), options.muon_lr, options.lr)]
+    task, model = build(vars(options))
+    config, total = model.config, sum(p.numel() for p in model.parameters())
+    muon, adam = (sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+                  for optimizer in make_optimizers(model, options.muon_lr, options.lr))
     why = "bfloat16 is slow there" if options.device == "cpu" else "for its tensor cores"
     print(f"task    {task.title()}\n"
           f"        always the same answer is {task.floor():.2%} exact: the floor\n"
           f"model   {config.layout}, d = {config.d_model}, {config.n_head} heads, "
-          f"L = {config.window}: {sum(counts):,} parameters, {counts[0]:,} by Muon\n"
+          f"L = {config.window}: {total:,} parameters ({muon:,} by Muon, {adam:,} by AdamW)\n"
           f"run     N = {', '.join(map(str, options.loops))}, seed {options.seed}, "
           f"{options.steps:,} steps of {options.batch} x {task.length} = "
           f"{options.batch * task.length:,} tokens\n"
@@ -418,9 +557,9 @@ def print_table(log: list[dict]):
     """The last evaluation of every N; token passes = tokens times passes over the blocks."""
     print(f"\n{'N':>3}{'loss':>9}{'bit':>9}{'exact':>9}{'floor':>9}{'tokens':>9}{'seconds':>9}"
           f"{'token passes':>14}")
-    for r in {record["loops"]: record for record in log}.values():
+    for record in {record["loops"]: record for record in log}.values():
         print("{loops:3d}{loss:9.4f}{bit:9.2%}{exact:9.2%}{floor:9.2%}{tokens:9.2e}{seconds:9.1f}"
-              "{token_passes:14.2e}".format(**r))
+              "{token_passes:14.2e}".format(**record))
 
 
 def main(argv: list[str] | None = None) -> int:
