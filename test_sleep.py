@@ -7,11 +7,14 @@ The literal forms are written from the formulas alone, in float64, one token at 
 import json
 import math
 import os
+import random
 import re
 import shlex
 import signal
 import subprocess
 import sys
+from collections import Counter
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import IGNORE, TASKS, Rule110, generator, in_held_out, p_one, rule110
+from data import (GSM, IGNORE, TASKS, Depo, Rule110, generator, in_held_out, p_answers, p_drawn,
+                  p_one, rule110)
 from model import ROPE_BASE, Config, GatedDeltaNet, Hybrid, attention, gated_delta_rule
 from sleep import Memory, Stream, algorithm1, cut, evict, sleep, wake
 
@@ -506,6 +510,327 @@ def test_floor_of_the_paper():
     states."""
     floors = [f"{Rule110(24, 4, t).floor():.2%}" for t in (4, 8, 12, 16, 32)]
     assert floors == ["8.20%", "8.54%", "8.72%", "9.55%", "9.95%"]
+
+
+def test_levels_of_rule110():
+    """Guards evaluation at a level: answers of another t than the one that is asked for."""
+    task, other = Rule110(cells=6, states=3, t=5), Rule110(cells=6, states=3, t=2)
+    for ours, expected in zip(task.batch(20, generator(0, 0), "held-out", level=2),
+                              other.batch(20, generator(0, 0), "held-out")):
+        assert torch.equal(ours, expected)
+    assert task.floor(level=2) == other.floor() and task.levels == (5,)
+
+
+# ------------------------------------------------------------------------------------ 7a. Depo, GSM
+
+def read_depo(task, tokens, targets):
+    """Everything that a sequence of Depo says, from its tokens alone: successor of each name, edges
+    in their order, questions as (start, k). Asserts the layout, and targets found by walking."""
+    A, hops = task.names, task.hops
+    ANSWER, PAD = 2 * A + hops, 2 * A + hops + 1
+    graph, asked = tokens[:4 * task.nodes], tokens[4 * task.nodes:]
+    while graph[0] == PAD:
+        graph = graph[1:]
+
+    def name(tokens):  # takes it off the front
+        taken = tuple(tokens.pop(0) for _ in range(1 if A <= tokens[0] < 2 * A else 2))
+        assert A <= taken[-1] < 2 * A and all(0 <= x < A for x in taken[:-1])
+        return taken
+
+    edges = []
+    while graph:
+        edges.append((name(graph), name(graph)))
+    after, questions, expected = dict(edges), [], [IGNORE] * (4 * task.nodes - 1)
+    assert len(after) == len(edges) == len(set(after.values()))
+    while asked and asked[0] != PAD:
+        k, start = asked.pop(0) - 2 * A + 1, name(asked)
+        assert 1 <= k <= hops and asked.pop(0) == ANSWER
+        node = start
+        for _ in range(k):
+            node = after[node]
+        assert name(asked) == node
+        questions.append((start, k))
+        expected += [IGNORE] * (1 + len(start)) + [ANSWER, *node]
+    assert set(asked) <= {PAD}
+    assert targets == expected + [IGNORE] * (task.length - len(expected))
+    assert len({start for start, _ in questions}) == len(questions)
+    walk = [edges[0][0]]
+    while after[walk[-1]] != walk[0]:
+        walk.append(after[walk[-1]])
+    assert len(walk) == len(edges)  # one cycle, not two
+    assert len(questions) == min(len(edges), task.questions)
+    return after, edges, questions
+
+
+def read_gsm(task, tokens, targets):
+    """Everything that a problem of GSM says, from its tokens alone: the statements in their order,
+    the set of needed variables. Asserts the layout, what is needed, and the answer modulo p."""
+    p, V = task.modulus, task.variables
+    words = [*range(p), *(f"x{i}" for i in range(V)), *"+-*=;?A"]
+    *text, marker = [words[x] for x in tokens]
+    assert marker == "A" and targets[:-1] == [IGNORE] * (task.length - 1)
+    question, text = ((text[:2], text[2:]) if task.question == "first" else (text[-2:], text[:-2]))
+    assert question[0] == "?" and len(text) == 6 * task.statements
+    statements = [text[i:i + 6] for i in range(0, len(text), 6)]
+    assert all(equals == "=" and end == ";" for _, equals, *_, end in statements)
+    means = {x: (left, op, right) for x, _, left, op, right, _ in statements}
+    assert len(means) == task.statements  # each defined once
+
+    def variables(x):
+        return [y for y in means[x][::2] if isinstance(y, str)]
+
+    def walk_back(x, above=()):
+        assert x not in above  # no circle
+        return {x}.union(*(walk_back(y, (*above, x)) for y in variables(x)))
+
+    def depth(x):
+        return 1 + max(map(depth, variables(x)), default=0)
+
+    def value(x):
+        if isinstance(x, int):
+            return x
+        left, op, right = means[x]
+        assert op in list("+-*")
+        return eval(f"{value(left)} {op} {value(right)}") % p
+
+    needed = walk_back(question[1])
+    assert targets[-1] == value(question[1]) and depth(question[1]) == len(needed)
+    reuse = [x for x in means if x not in needed and set(variables(x)) & needed]
+    apart = [x for x in means if not walk_back(x) & needed]
+    assert reuse and apart and len(needed) + len(reuse) + len(apart) == task.statements
+    assert abs(len(reuse) - len(apart)) <= 1
+    return statements, needed, question[1]
+
+
+READ = {Depo: read_depo, GSM: read_gsm}
+
+
+def kind(task):
+    return type(task).__name__
+
+
+def read(task, count, split="train", level=None):
+    rows = zip(*(x.tolist() for x in task.batch(count, generator(0, 0), split, level)))
+    return [READ[type(task)](task, *row) for row in rows]
+
+
+@pytest.mark.parametrize("split", ["train", "held-out"])
+@pytest.mark.parametrize("task", [Depo(), Depo(8, 5, 3, 3), Depo(3, 7, 3, 2), Depo(6, 1, 1, 2)],
+                         ids=kind)
+def test_depo_equals_walking(task, split):
+    """Guards the answers, off by one hop or of another question; a name that occurs twice; two
+    cycles for one; padding between tokens; targets that are not the next token."""
+    read(task, 200, split)
+    for level in task.levels:
+        for after, _, questions in read(task, 20, split, level):
+            assert len(after) == task.nodes and {k for _, k in questions} == {level}
+
+
+@pytest.mark.parametrize("split", ["train", "held-out"])
+@pytest.mark.parametrize("task", [GSM(), GSM(question="last"), GSM(3, 5, 3, 5, "last"),
+                                  GSM(ops=1, statements=40, modulus=23, variables=40)], ids=kind)
+def test_gsm_equals_recursion(task, split):
+    """Guards the answers, the number of needed statements and its depth; a variable defined twice
+    or never; a circle; a distractor that is needed after all, or of one kind only."""
+    read(task, 100, split)
+    for level in task.levels:
+        assert {len(needed) for _, needed, _ in read(task, 10, split, level)} == {level}
+
+
+@pytest.mark.parametrize("make", [Depo, GSM], ids=["Depo", "GSM"])
+def test_worked_examples_of_depo_and_gsm(make):
+    """Guards the examples in the docstrings, which are worked by hand."""
+    task = Depo(3, 2, 2, 9, window=6) if make is Depo else GSM(2, 4, 7, 26, window=9)
+    rows = re.findall(r"^ +(window|tokens|targets) (.*)", make.__doc__, re.M)
+    window, tokens, targets = (row.split() for _, row in rows)
+    assert [int(x) for x in window] == [i // task.window + 1 for i in range(task.length)]
+    READ[make](task, [task.words.index(x) for x in tokens],
+               [IGNORE if x == "." else task.words.index(x) for x in targets])
+
+
+def test_only_the_last_windows_are_scored():
+    """Guards the paper's layouts: four windows of graph and one of questions; 1.65 windows."""
+    for task, length, kinds in ((Depo(), 360, [False] * 4 + [True]), (GSM(), 99, [False, True])):
+        windows = cut(task.batch(100, generator(0, 0))[1], task.window)
+        assert [w.scored for w in windows] == kinds and windows[-1].stop == task.length == length
+
+
+def assert_shares(counts, shares):
+    """Counts of independent draws agree with their probabilities, to five standard deviations."""
+    total = sum(counts.values())
+    assert set(counts) <= {x for x, p in shares.items() if p}
+    for x, p in shares.items():
+        assert abs(counts[x] / total - p) < 5 * math.sqrt(p * (1 - p) / total), (x, counts, shares)
+
+
+def test_depo_draws_what_it_says():
+    """Guards the mixture: sizes with weight 1/(n + sqrt(nodes)), hops uniform, and edges, starts
+    and places in the cycle that say nothing about one another."""
+    task, level = Depo(nodes=10, hops=5, questions=4, names=5), 3
+    sequences = read(task, 3000)
+    weights = {n: 1 / (n + math.sqrt(10)) for n in range(3, 11)}
+    assert_shares(Counter(len(after) for after, *_ in sequences),
+                  {n: w / sum(weights.values()) for n, w in weights.items()})
+    assert_shares(Counter(k for *_, questions in sequences for _, k in questions),
+                  dict.fromkeys(range(1, 6), 0.2))
+    follow, first, between = Counter(), Counter(), Counter()
+    for after, edges, ((a, _), (b, _), *_) in read(task, 2000, level=level):
+        follow.update(left[1] == right[0] for left, right in zip(edges, edges[1:]))
+        first[[start for start, _ in edges].index(a)] += 1
+        hops = 0
+        while a != b:
+            a, hops = after[a], hops + 1
+        between[hops] += 1
+    assert abs(follow[True] / follow.total() - 1 / 9) < 0.01
+    assert_shares(first, dict.fromkeys(range(10), 1 / 10))
+    assert_shares(between, dict.fromkeys(range(1, 10), 1 / 9))
+
+
+def test_depo_names_are_drawn_as_in_the_original():
+    """Guards the share of names with one token, and that the cycle does not begin with them: draw a
+    length, then tokens, anew if it was had."""
+    literal, task = random.Random(0), Depo(nodes=7, hops=1, questions=1, names=3)
+
+    def draw():
+        names = set()
+        while len(names) < 7:
+            names.add(tuple(literal.randrange(3) for _ in range(literal.choice([1, 2]))))
+        return sum(len(name) == 1 for name in names)
+
+    counts = Counter(draw() for _ in range(20_000))
+    sequences = read(task, 2000, level=1)
+    assert_shares(Counter(sum(len(name) == 1 for name in after) for after, *_ in sequences),
+                  {x: c / counts.total() for x, c in counts.items()})
+    assert abs(3 * p_drawn(7, 3)[7] - sum(x * c for x, c in counts.items()) / 20_000) < 0.03
+    everyone = read(Depo(12, 1, 1, 3), 500, level=1)
+    neighbours = Counter(len(a) == len(b) == 1 for after, *_ in everyone for a, b in after.items())
+    assert abs(neighbours[True] / neighbours.total() - 3 / 12 * 2 / 11) < 0.015
+    assert p_drawn(12, 3)[[0, 1, 12]].tolist() == pytest.approx([0, 1 / 6, 1])
+
+
+def test_gsm_draws_what_it_says():
+    """Guards the mixture: levels uniform, statements in any order, an operand that is always the
+    left one, constants never 0."""
+    task = GSM(ops=4, statements=6, modulus=5, variables=6)
+    problems = read(task, 3000)
+    assert_shares(Counter(len(needed) for _, needed, _ in problems),
+                  dict.fromkeys(range(1, 5), 0.25))
+    places, sides, constants = Counter(), Counter(), Counter()
+    for statements, needed, asked in problems:
+        places[[x for x, *_ in statements].index(asked)] += 1
+        for x, _, left, _, right, _ in statements:
+            constants.update(y for y in (left, right) if isinstance(y, int))
+            if isinstance(left, int) != isinstance(right, int):
+                sides[isinstance(left, int)] += 1
+    assert_shares(places, dict.fromkeys(range(6), 1 / 6))
+    assert_shares(sides, {True: 0.5, False: 0.5})
+    assert_shares(constants, dict.fromkeys(range(1, 5), 0.25))
+
+
+def canonical(task, sequence):
+    """What is held out, as a set: the edges of a cycle, or the needed statements."""
+    if isinstance(task, Depo):
+        return frozenset(sequence[0].items())
+    statements, needed, _ = sequence
+    return frozenset(tuple(x) for x in statements if x[0] in needed)
+
+
+@pytest.mark.parametrize("task, instances",
+                         [(Depo(nodes=3, hops=2, questions=2, names=2), 40),
+                          (Depo(nodes=4, hops=1, questions=1, names=2), 40 + 90),
+                          (GSM(ops=1, statements=3, modulus=3, variables=3), 36)], ids=kind)
+def test_train_and_held_out_instances_are_disjoint(task, instances):
+    """Guards the split: a hash of the order of edges or statements, or of distractors, would put
+    one instance into both."""
+    train, held_out = ({canonical(task, sequence) for sequence in read(task, 3000, split)}
+                       for split in ("train", "held-out"))
+    assert train and held_out and not train & held_out
+    assert len(train | held_out) == instances
+
+
+def test_one_instance_in_eight_is_held_out():
+    """Guards the hash on integers that are not bits."""
+    for high, size in ((2550 * 2550, 75), (44, 4), (9, 3)):
+        x = torch.randint(high, (50_000, size), generator=generator(0, 0))
+        assert abs(in_held_out(x).double().mean().item() - 1 / 8) < (0.02 if high == 9 else 0.008)
+
+
+@pytest.mark.parametrize("level", [None, 2])
+@pytest.mark.parametrize("questions", [1, 2])
+def test_depo_floor_equals_counting(questions, level):
+    """Guards the floor: names that are not in the cycle, starts that repel each other."""
+    task = Depo(nodes=5, hops=2, questions=questions, names=5)
+    _, targets = task.batch(60_000, generator(0, 0), level=level)
+    answers = targets.where((targets >= 5) & (targets < 10), -1)  # last tokens of names
+    long = ((targets >= 0) & (targets < 5)).any(1)
+    shares = [(~long & ((answers == a) | (answers == -1)).all(1)).double().mean().item()
+              for a in range(5, 10)]
+    assert task.floor(level) == pytest.approx(sum(shares) / 5, rel=0.08, abs=0)
+    assert (task.floor(level) == 0) == (questions == 2 and level is not None)
+
+
+def test_gsm_floor_equals_counting():
+    """Guards the floor: shares of the answers, enumerated for up to three statements, counted for
+    more."""
+    p, ops = 5, "+-*"
+    constants, exact = range(1, p), [Counter() for _ in range(3)]
+
+    def results(x, others):  # each other, operator and side, with its probability
+        for y, op, (a, b) in product(others, ops, ((0, 1), (1, 0))):
+            yield eval(f"{(x, y)[a]} {op} {(x, y)[b]}") % p, Fraction(1, 6 * len(others))
+
+    for first in constants:
+        for x, p_x in results(first, constants):
+            exact[0][x] += p_x / 4
+            for y, p_y in results(x, constants):
+                exact[1][y] += p_x * p_y / 4
+                for others in (constants, [x]):
+                    for z, p_z in results(y, others):
+                        exact[2][z] += p_x * p_y * p_z / 8
+    task = GSM(ops=5, statements=7, modulus=p)
+    shares = p_answers(p, 5)
+    for ours, expected in zip(shares, exact):
+        assert ours.tolist() == pytest.approx([float(expected[v]) for v in range(p)], abs=1e-12)
+    for level in (3, 5, None):
+        answers = task.batch(40_000, generator(0, 0), level=level)[1][:, -1]
+        counted = answers.bincount(minlength=p) / 40_000
+        expected = shares.mean(0) if level is None else shares[level - 1]
+        assert counted.tolist() == pytest.approx(expected.tolist(), abs=0.012)
+        assert task.floor(level) == expected.max()
+
+
+@pytest.mark.parametrize("task", [Rule110(5, 2, 3), Depo(6, 3, 2, 4), GSM(2, 5, 5)], ids=kind)
+def test_batches_come_from_the_generator_alone(task):
+    """Guards (seed, step) -> data: a draw from the global generator, a tensor on another device."""
+    state, batches = torch.get_rng_state(), []
+    for device in ("cpu", "meta"):  # meta: what is made without naming the device is of no use
+        numbers = generator(3, 0)
+        with torch.device(device):
+            batches.append([task.batch(50, numbers, split, level) for split, level in
+                            product(("train", "held-out"), (None, task.levels[-1]))])
+    assert torch.equal(state, torch.get_rng_state())
+    for a, b in zip(*batches):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert not torch.equal(a[0], task.batch(50, numbers, "held-out", task.levels[-1])[0])
+
+
+@pytest.mark.parametrize("make, name, value", [
+    *((Depo, *x) for x in (("nodes", 2), ("nodes", 2551), ("hops", 0), ("questions", 0),
+                           ("questions", 76), ("names", 1), ("window", 0))),
+    *((GSM, *x) for x in (("ops", 0), ("statements", 9), ("modulus", 9), ("modulus", 2),
+                          ("modulus", -7), ("variables", 15), ("question", "middle"),
+                          ("window", 0)))])
+def test_impossible_tasks(make, name, value):
+    """Guards against endless draws and silence: one line, first the parameter and its value."""
+    with pytest.raises(ValueError, match=rf"^{name} {value}: must be [^\n]*$"):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("task, level", [(Depo(), 0), (Depo(), 17), (GSM(), 0), (GSM(), 9)])
+def test_impossible_levels(task, level):
+    """Guards tokens of another kind: 17 hops would be spelled as the answer marker."""
+    with pytest.raises(ValueError, match=rf"^level {level}: must be from 1 to \d+$"):
+        task.batch(1, generator(0, 0), level=level)
 
 
 def test_generators_differ():
