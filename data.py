@@ -18,8 +18,7 @@ HELD_OUT = 8   # one instance in so many is held out
 
 
 def generator(seed: int, stream: int, index: int = 0, device="cpu") -> torch.Generator:
-    """A random generator of its own for every (seed, stream, index): nobody disturbs anybody's
-    numbers.
+    """A random generator of its own for every (seed, stream, index), so that none disturbs another.
 
     The CPU generator keeps only the low 32 bits of a seed, hence one well-mixed 32-bit word.
     """
@@ -28,8 +27,7 @@ def generator(seed: int, stream: int, index: int = 0, device="cpu") -> torch.Gen
 
 
 def rule110(state: Tensor, steps: int, rule: int = 110) -> Tensor:
-    """`steps` steps of an elementary cellular automaton on a ring: integers 0/1 (..., cells), same
-    back.
+    """`steps` steps of a cellular automaton on a ring: integers 0/1 (..., cells) -> the same.
 
     The new cell is bit 4 left + 2 self + right of `rule`. With cells fixed at the ends, not on a
     ring, the first one would become constant and the task trivial.
@@ -118,12 +116,12 @@ class Rule110:
     words = "01?"  # the vocabulary: 0, 1 and the query
     QUERY, vocab_size = 2, 3
 
-    def __init__(self, cells: int = 24, states: int = 4, t: int = 32, rule: int = 110):
+    def __init__(self, cells: int = 12, states: int = 2, t: int = 4, automaton: int = 110):
         check("cells", cells, 3)
         check("states", states, 1)
         check("t", t, 0)
-        check("rule", rule, 0, 255)
-        self.cells, self.states, self.t, self.rule = cells, states, t, rule
+        check("automaton", automaton, 0, 255)
+        self.cells, self.states, self.t, self.automaton = cells, states, t, automaton
         self.levels = (t,)
         self.window = cells                 # L: the model sees one state at a time
         self.length = states * (cells + 1)  # T
@@ -140,7 +138,7 @@ class Rule110:
         state = draw(batch_size * self.states)
         while (wrong := in_held_out(state) != (split == "held-out")).any():
             state[wrong] = draw(int(wrong.sum()))
-        answers = rule110(state, t, self.rule)[:, 0].view(batch_size, self.states)
+        answers = rule110(state, t, self.automaton)[:, 0].view(batch_size, self.states)
         query = torch.full((batch_size, 1), self.QUERY, device=device)
         tokens = torch.cat([state.view(batch_size, -1), query, answers[:, :-1]],
                            dim=1)  # Choice: label slots
@@ -150,20 +148,19 @@ class Rule110:
 
     def floor(self, level: int | None = None) -> float:
         """Exact accuracy of the best constant answer: what a model that learned nothing reaches."""
-        p = p_one(self.cells, self.t if level is None else level, self.rule)
+        p = p_one(self.cells, self.t if level is None else level, self.automaton)
         return max(p, 1 - p) ** self.states
 
     def title(self) -> str:
-        return (f"rule {self.rule}: the first bit of each of {self.states} states of {self.cells} "
-                f"cells after t = {self.t} steps")
+        return (f"rule {self.automaton}: the first bit of each of {self.states} states of "
+                f"{self.cells} cells after t = {self.t} steps")
 
     def show(self) -> str:
-        """One worked example: the tokens as the model reads them, and how the answers come
-        about."""
+        """One worked example: the tokens as the model reads them, and how the answers arise."""
         words, lines = example(self)
         for i in range(self.states):
             state = torch.tensor(list(map(int, words[i * self.cells:(i + 1) * self.cells])))
-            steps = ["".join(map(str, rule110(state, s, self.rule).tolist()))
+            steps = ["".join(map(str, rule110(state, s, self.automaton).tolist()))
                      for s in range(self.t + 1)]
             shown = steps if len(steps) <= 6 else steps[:2] + ["..."] + steps[-1:]
             lines.append(f"state {i + 1}: {' -> '.join(shown)}, first bit {steps[-1][0]}")
@@ -464,6 +461,6 @@ class GSM:
 TASKS = {"rule110": Rule110, "depo": Depo, "gsm": GSM}
 
 if __name__ == "__main__":
-    print(Rule110(cells=12, states=2, t=4).show(),
+    print(Rule110().show(),
           Depo(nodes=4, hops=3, questions=2, names=9, window=8).show(),
           GSM(ops=3, statements=6, modulus=7, window=13).show(), sep="\n\n")

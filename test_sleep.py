@@ -81,7 +81,7 @@ def literal_rotary(x, position):
 
 
 def literal_attention(q, k, v, first=0, span=10**9):
-    """Eq. (2), one query at a time: o_t = V_t^T softmax(K_t q_t / sqrt(d)) over `span` keys at most.
+    """Eq. (2), a query at a time: o_t = V_t^T softmax(K_t q_t / sqrt(d)) over at most `span` keys.
 
     Positions count from `first`; the queries belong to the last keys.
     """
@@ -937,9 +937,10 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys, stop_after):
     assert f"--resume {tmp_path / 'cut'}" in capsys.readouterr().err
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
     assert lines_of(tmp_path / "whole")[1:] == lines_of(tmp_path / "cut")[1:]
-    assert [line["step"] for line in lines_of(tmp_path / "cut")[1:]] == [4, 8, 10] * 2
-    records = [json.loads(line) for line in (tmp_path / "cut/log.jsonl").open()][1:]
-    assert records[0]["seconds"] < records[1]["seconds"] < records[2]["seconds"]
+    assert [line["step"] for line in lines_of(tmp_path / "cut")[1:]] == [0, 4, 8, 10] * 2
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "cut/log.jsonl").open()
+               if "seconds" in line]
+    assert seconds[:4] == sorted(seconds[:4]) and seconds[4:] == sorted(seconds[4:])
     for loops in (1, 2):
         assert same_weights(*(weights_of(tmp_path / name, loops) for name in ("whole", "cut")))
     assert not list(tmp_path.glob("*/*.tmp"))
@@ -948,7 +949,8 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys, stop_after):
 def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
     """Guards the training step: clipping, schedule, rates, splits, order and seeds of the data."""
     monkeypatch.setattr(train, "CHUNK", 2)
-    arguments = [*TINY, *"--seed 3 --loops 2 --rule 30 --steps 5 --lr 0.05 --muon_lr 0.02".split()]
+    options = "--seed 3 --loops 2 --automaton 30 --steps 5 --lr 0.05 --muon_lr 0.02"
+    arguments = [*TINY, *options.split()]
     assert train.main([*arguments, "--out", str(tmp_path)]) == 0
     torch.manual_seed(3)
     task, model = Rule110(4, 2, 1, 30), Hybrid(Config(3, 4, "as", 16, 2))
@@ -1023,13 +1025,13 @@ def test_command_line_run(tmp_path):
     for number in (1, 2):
         run = command(*TINY, "--steps", "4", "--eval_every", "2", cwd=tmp_path)
         assert run.returncode == 0 and run.stderr == ""
-        assert run.stdout.count("exact") == 1 + 2 * 2 + 1 and "the floor" in run.stdout
+        assert run.stdout.count("exact") == 1 + 2 * 3 + 1 and "the floor" in run.stdout
         header, *records = lines_of(tmp_path / f"out/rule110-00{number}")
         assert set(header) == {"commit", "versions", "hardware", "config"}
-        assert [(r["loops"], r["step"]) for r in records] == [(1, 2), (1, 4), (2, 2), (2, 4)]
+        assert [(r["loops"], r["step"]) for r in records] == [*product([1, 2], [0, 2, 4])]
         assert set(records[0]) == {"loops", "step", "tokens", "token_passes", "train_loss", "loss",
                                    "bit", "exact", "floor"}
-        assert records[3]["tokens"] == 4 * 8 * 10 and records[3]["token_passes"] == 4 * 8 * 18
+        assert records[-1]["tokens"] == 4 * 8 * 10 and records[-1]["token_passes"] == 4 * 8 * 18
 
 
 def refused(capsys, arguments):
@@ -1043,16 +1045,19 @@ def refused(capsys, arguments):
 
 @pytest.mark.parametrize("flag, value", [
     ("--loops", "0"), ("--loops", "-1"), ("--loops", "a,b"), ("--loops", "2,2"), ("--loops", ""),
-    ("--t", "-1"), ("--t", "x"), ("--cells", "2"), ("--states", "0"), ("--rule", "256"),
+    ("--t", "-1"), ("--t", "x"), ("--cells", "2"), ("--states", "0"), ("--automaton", "256"),
+    ("--rule", "mamba3"), ("--nodes", "9"), ("--loop_blocks", "1:3"), ("--loop_blocks", "1"),
+    ("--loop_blocks", "1:1"), ("--eviction", "soft"), ("--carry", "S"), ("--curriculum", "4,,8"),
+    ("--curriculum", "hard"), ("--eval_loops", "0"), ("--init", "nowhere"), ("--train", "new"),
     ("--layout", "axs"), ("--layout", ""), ("--n_head", "3"), ("--n_head", "0"), ("--d_model", "0"),
     ("--window", "0"), ("--task", "sudoku"), ("--device", "tpu"), ("--dtype", "int8"),
-    ("--steps", "0"), ("--batch", "1.5"), ("--lr", "0"), ("--muon_lr", "nan"), ("--seed", "-1"),
+    ("--steps", "-1"), ("--batch", "1.5"), ("--lr", "0"), ("--muon_lr", "nan"), ("--seed", "-1"),
     ("--eval_every", "0"), ("--eval_size", "0")])
 def test_impossible_values(tmp_path, capsys, flag, value):
     """Guards against tracebacks and silence: the line names the flag and the value."""
     line = refused(capsys, [*TINY, "--out", str(tmp_path / "run"), f"{flag}={value}"])
     assert flag in line and repr(value) in line or f"{flag} {value}:" in line
-    assert re.search("must be|must divide|choose from", line)
+    assert "must " in line or "choose from" in line
     assert not (tmp_path / "run").exists()
 
 
