@@ -15,6 +15,7 @@ from torch import Tensor
 
 IGNORE = -100  # target of a token that is not scored, as F.cross_entropy has it
 HELD_OUT = 8   # one instance in so many is held out
+SPLITS = {"train": False, "held-out": True}
 
 
 def generator(seed: int, stream: int, index: int = 0, device="cpu") -> torch.Generator:
@@ -119,7 +120,7 @@ class Rule110:
     def __init__(self, cells: int = 12, states: int = 2, t: int = 4, automaton: int = 110):
         check("cells", cells, 3)
         check("states", states, 1)
-        check("t", t, 0)
+        check("t", t, 0, 10_000)
         check("automaton", automaton, 0, 255)
         self.cells, self.states, self.t, self.automaton = cells, states, t, automaton
         self.levels = (t,)
@@ -136,7 +137,7 @@ class Rule110:
             return torch.randint(2, (n, self.cells), generator=generator, device=device)
 
         state = draw(batch_size * self.states)
-        while (wrong := in_held_out(state) != (split == "held-out")).any():
+        while (wrong := in_held_out(state) != SPLITS[split]).any():
             state[wrong] = draw(int(wrong.sum()))
         answers = rule110(state, t, self.automaton)[:, 0].view(batch_size, self.states)
         query = torch.full((batch_size, 1), self.QUERY, device=device)
@@ -147,7 +148,7 @@ class Rule110:
         return tokens, targets
 
     def floor(self, level: int | None = None) -> float:
-        """Exact accuracy of the best constant answer: what a model that learned nothing reaches."""
+        """Exact accuracy of the best constant answer, over all states: learning nothing earns it."""
         p = p_one(self.cells, self.t if level is None else level, self.automaton)
         return max(p, 1 - p) ** self.states
 
@@ -259,7 +260,7 @@ class Depo:
         sizes = torch.tensor(self.sizes(level), device=generator.device)
         n = sizes.multinomial(batch_size, replacement=True, generator=generator)[:, None]
         cycle = draw(n)
-        while (wrong := held_out(cycle, n) != (split == "held-out")).any():
+        while (wrong := held_out(cycle, n) != SPLITS[split]).any():
             cycle[wrong] = draw(n[wrong])
 
         order = shuffle(n)
@@ -407,7 +408,7 @@ class GSM:
 
         level = torch.randint(low, high + 1, (batch_size, 1), **random)
         problem = draw(level)
-        while (wrong := held_out(problem, level) != (split == "held-out")).any():
+        while (wrong := held_out(problem, level) != SPLITS[split]).any():
             problem[wrong] = draw(level[wrong])
 
         values = torch.arange(plus, device=i.device).repeat(batch_size, 1)  # a constant's is itself

@@ -7,7 +7,6 @@ tensors, `attention` and `gated_delta_rule`; the modules around them only hold w
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +14,14 @@ from torch import Tensor, nn
 
 from sleep import Cache, Memory, Tail
 
-# Rotary wavelengths run from 2 pi to almost 2 pi ROPE_BASE tokens. Within a window of 24 tokens the
+# Rotary wavelengths are 2 pi ROPE_BASE^(i / pairs) tokens, i = 0, 1, ... Within a window of 24 the
 # usual 10,000 would leave most pairs of coordinates unrotated; 100 lets them tell positions.
 ROPE_BASE = 100.0
 
 
 @dataclass
 class Config:
-    """A model's shape. Raises ValueError, in one line that begins with the field, where it is
-    impossible."""
+    """A model's shape. Raises ValueError, one line that begins with the field, if impossible."""
     vocab_size: int
     window: int             # L: tokens between evictions
     layout: str = "asas"    # one letter a block, a = attention, s = SSM; "asas" is the paper's
@@ -49,6 +47,11 @@ class Config:
                              "into heads of even size")
         if self.window < 1:
             raise ValueError(f"window {self.window}: must be at least 1")
+        for name, valid in (("dtype", "float32 bfloat16 float64"), ("rule", "gdn delta mamba2"),
+                            ("eviction", "hard sliding none"), ("carry", "h embed"),
+                            ("sleep_at", "sleep wake")):
+            if getattr(self, name) not in valid.split():
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {valid}")
         self.loop_blocks = i, j = self.loop_blocks or (0, len(self.layout))
         if not 0 <= i < j <= len(self.layout):
             raise ValueError(f"loop_blocks {i}:{j}: must be i:j with 0 <= i < j <= "
@@ -62,7 +65,6 @@ class Config:
 
 # -------------------------------------------------------------------------- the two sequence mixers
 
-@lru_cache
 def rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
     """cos and sin, each (length, size / 2), of the rotary angles at positions 0, 1, ..."""
     frequency = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=dtype, device=device) / size)

@@ -137,11 +137,13 @@ class Stream:
 
     A token costs one single-token pass, whatever N is. Between tokens the stream holds the window's
     cache and tokens and two S, however long the text. The logits are those of `algorithm1` to
-    rounding as long as scored windows come last: training only wakes for a window in the middle
-    that is scored, while a stream, which cannot know, also sleeps on it.
+    rounding as long as only the last window is scored: training only wakes for a scored window in
+    the middle, while a stream, which cannot know, also sleeps on it.
     """
 
     def __init__(self, model, loops: int, batch_size: int = 1):
+        if loops < 1:
+            raise ValueError(f"loops {loops}: must be at least 1")
         self.model, self.loops = model, loops
         self.start = self.memory = model.empty_memory(batch_size)  # start: when the window began
         self.window: list[Tensor] = []                             # its tokens so far, each (B,)
@@ -153,7 +155,7 @@ class Stream:
         logits, self.memory = wake(self.model, token[:, None], self.memory)
         if keep:  # a sliding window slides with every token
             self.memory = evict(self.memory, keep)
-        self.window.append(token)
+        self.window.append(token.clone())
         if len(self.window) == self.model.config.window:
             slept = sleep(self.model, torch.stack(self.window, dim=1), self.start, self.loops)
             self.start = self.memory = evict(slept, keep)

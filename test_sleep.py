@@ -456,15 +456,16 @@ def test_rule110_by_hand():
     assert rule110(torch.tensor([1, 0, 0, 0]), 1).tolist() == [1, 0, 0, 1]  # over the ring's edge
 
 
-def test_batch_layout_and_labels():
+@pytest.mark.parametrize("automaton", [110, 30])
+def test_batch_layout_and_labels(automaton):
     """Guards the labels: an answer of another state, answers shifted by one, an answer among its
     inputs."""
-    task = Rule110(cells=6, states=3, t=5)
+    task = Rule110(cells=6, states=3, t=5, automaton=automaton)
     tokens, targets = task.batch(50, generator(0, 0))
     assert tokens.shape == targets.shape == (50, task.length)
     assert (targets[:, :-3] == IGNORE).all() and (tokens[:, 18] == task.QUERY).all()
     for row, target in zip(tokens, targets):
-        answers = [rule110(row[6 * i:6 * i + 6], 5)[0].item() for i in range(3)]
+        answers = [rule110(row[6 * i:6 * i + 6], 5, automaton)[0].item() for i in range(3)]
         assert target[-3:].tolist() == answers and row[19:].tolist() == answers[:-1]
 
 
@@ -883,8 +884,10 @@ def test_muon_equals_torch_muon(shape):
 
 def test_start_values_survive_construction():
     """Guards GDN's own start values against a generic initialisation pass."""
-    layer = Hybrid(Config(3, 24, "s", d_model=512, n_head=128)).layers[0].mixer
+    model = Hybrid(Config(3, 24, "s", d_model=512, n_head=128))
+    layer = model.layers[0].mixer
     assert isinstance(layer, GatedDeltaNet)
+    assert 0.9 < model.embed.weight.std() < 1.1 and not model.out.weight.any()
     A, dt = layer.A_log.exp(), F.softplus(layer.dt_bias)
     assert 0.01 <= A.min() < 1 < 15 < A.max() <= 16
     assert 1e-3 * 0.999 <= dt.min() < 2e-3 and 5e-2 < dt.max() <= 1e-1 * 1.001
@@ -918,16 +921,16 @@ def test_same_seed_same_numbers_and_evaluation_disturbs_nothing(tmp_path):
     assert not same_weights(weights["a"], weights["seed"])
 
 
-@pytest.mark.parametrize("stop_after", [3, 7, 17])
-def test_resume_is_exact(tmp_path, monkeypatch, capsys, stop_after):
+@pytest.mark.parametrize("loops, stop_after", [(1, 3), (1, 10), (2, 7)])
+def test_resume_is_exact(tmp_path, monkeypatch, capsys, loops, stop_after):
     """Guards --resume: Ctrl-C after any step, in the first model or the second, then on: bitwise
     the same."""
     base = [*TINY, "--steps", "10", "--eval_every", "4", "--loops", "1,2"]
     assert train.main([*base, "--out", str(tmp_path / "whole")]) == 0
-    calls, factor = iter(range(1, 100)), train.lr_factor
+    calls, factor = iter(range(1, 100)), train.lr_factor  # called twice a step, for two optimizers
 
     def interrupting(step, steps):
-        if next(calls) == stop_after:
+        if next(calls) == 2 * (10 * (loops - 1) + stop_after):
             os.kill(os.getpid(), signal.SIGINT)
         return factor(step, steps)
 
@@ -935,6 +938,8 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys, stop_after):
         patch.setattr(train, "lr_factor", interrupting)
         assert train.main([*base, "--out", str(tmp_path / "cut")]) == 130
     assert f"--resume {tmp_path / 'cut'}" in capsys.readouterr().err
+    saved = torch.load(tmp_path / f"cut/N{loops}.pt", weights_only=True)
+    assert saved["step"] == stop_after
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
     assert lines_of(tmp_path / "whole")[1:] == lines_of(tmp_path / "cut")[1:]
     assert [line["step"] for line in lines_of(tmp_path / "cut")[1:]] == [0, 4, 8, 10] * 2
@@ -954,7 +959,10 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch):
     assert train.main([*arguments, "--out", str(tmp_path)]) == 0
     torch.manual_seed(3)
     task, model = Rule110(4, 2, 1, 30), Hybrid(Config(3, 4, "as", 16, 2))
-    muon, adam = train.make_optimizers(model, 0.02, 0.05)
+    matrices = [p for p in model.layers.parameters() if p.ndim == 3]
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    muon = train.Muon(matrices, lr=0.02, momentum=0.95)
+    adam = torch.optim.AdamW(rest, lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
     norms = []
     for step in range(5):
         tokens, targets = task.batch(16, generator(3, 0, step // 2), "train")
@@ -997,6 +1005,91 @@ def test_write_leaves_no_half_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train.write(path, dying)
     assert path.read_text() == "old"
+
+
+def test_bfloat16_products():
+    """Guards the dtypes on a GPU: products in bfloat16, S, gradients and loss in float32."""
+    model, (tokens, targets) = hybrid(dtype="float32"), sequences(B=16)
+    low = Hybrid(Config(3, 5, "asas", 16, 2, dtype="bfloat16"))
+    low.load_state_dict(model.state_dict())
+    inside = []
+    low.layers[1].up.register_forward_hook(lambda *hook: inside.append(hook[2].dtype))
+    loss, exact = (algorithm1(m, tokens, targets, 2)[0] for m in (low, model))
+    loss.backward()
+    assert set(inside) == {torch.bfloat16} and loss.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in low.parameters())
+    assert sleep(low, tokens[:, :5], low.empty_memory(16), 2).S[1].dtype == torch.float32
+    assert 0 < abs(loss - exact) < 0.05 * exact
+
+
+def run_of(tmp_path, name, *options):
+    """A short run on the command line: its folder and the records of its log."""
+    assert train.main([*TINY, "--steps", "3", "--out", str(tmp_path / name),
+                       *(word for option in options for word in option.split())]) == 0
+    return tmp_path / name, lines_of(tmp_path / name)[1:]
+
+
+def test_init_goes_on_from_a_trained_model(tmp_path):
+    """Guards the Jet-Nemotron recipe: train with N = 1, go on with N = 2 in the middle blocks."""
+    first, records = run_of(tmp_path, "first", "--layout asas --loops 1")
+    options = f"--layout asas --loops 1,2 --loop_blocks 1:3 --init {first}"
+    _, more = run_of(tmp_path, "more", options)
+    assert more[0]["loss"] == records[-1]["loss"]  # N = 1, step 0
+    assert more[2]["step"] == 0 and more[2]["loss"] != records[-1]["loss"]
+
+
+def test_inserted_memories_start_as_the_identity(tmp_path):
+    """Guards the Ouro recipe: new blocks change nothing at first, and --train new only them."""
+    options = "--loops 2 --window 10 --sleep_at wake"
+    looped, records = run_of(tmp_path, "looped", options, "--layout aa")
+    grafted, more = run_of(tmp_path, "grafted", options, f"--layout ama --train new --init {looped}")
+    assert more[0]["loss"] == pytest.approx(records[-1]["loss"], abs=1e-6) and more[-1]["step"] == 3
+    old, new = weights_of(looped, 2), weights_of(grafted, 2)
+    moved = {name: name.replace("layers.1.", "layers.2.") for name in old}
+    assert all(torch.equal(old[name], new[moved[name]]) for name in old)
+    assert new["layers.1.mixer.out.weight"].any()
+    options = f"--layout ama --loops 2 --eviction sliding --init {grafted}"
+    _, both = run_of(tmp_path, "both", options)
+    assert len(both) == 2
+
+
+def test_init_that_does_not_fit(tmp_path, capsys):
+    """Guards --init: another layout or width, a folder with two models, nothing new to train."""
+    two, _ = run_of(tmp_path, "two", "--layout aa --loops 1,2")
+    for options in (f"{two}", f"{two}/N1.pt", f"{two}/N1.pt --layout aa --d_model 32",
+                    f"{two}/N1.pt --layout aa --train new", f"{two}/log.jsonl"):
+        options = "--init " + options
+        assert "must " in refused(capsys, [*TINY, "--out", str(tmp_path / "new"), *options.split()])
+    assert not (tmp_path / "new").exists()
+
+
+def test_curriculum_and_schedule(tmp_path, monkeypatch):
+    """Guards the stages: each value for an equal part of the run, in the order given."""
+    assert [train.stage([1, 2, 4], step, 7) for step in range(7)] == [1, 1, 1, 2, 2, 4, 4]
+    assert train.stage(None, 3, 7, default=5) == 5
+    monkeypatch.setattr(train, "CHUNK", 1)
+    options = train.get_parser().parse_args([*TINY, "--curriculum", "1,3", "--steps", "4"])
+    task, data = Rule110(4, 2, 1), train.batches(Rule110(4, 2, 1), options, 0)
+    for step in range(4):
+        expected = task.batch(8, generator(1, 0, step), "train", level=[1, 1, 3, 3][step])
+        assert all(torch.equal(a, b) for a, b in zip(next(data), expected))
+    _, records = run_of(tmp_path, "run", "--loops 4 --loops_schedule 1,2,4")
+    assert records[-1]["token_passes"] == 8 * (8 * (1 + 2 + 4) + 3 * 2)
+
+
+def test_evaluation_with_other_loops_and_by_level(tmp_path):
+    """Guards --eval_loops and the levels: another N is used, the mean is that of the levels."""
+    folder, records = run_of(tmp_path, "run", "--loops 2 --eval_loops 1,2 --lr 0.1")
+    others = records[-1]["eval_loops"]
+    assert others["2"] == {name: records[-1][name] for name in ("loss", "bit", "exact", "floor")}
+    assert others["1"]["loss"] != others["2"]["loss"] and "eval_loops" not in records[0]
+    arguments = "--task gsm --ops 2 --statements 4 --variables 4 --modulus 3 --window 9 --steps 0"
+    folder = tmp_path / "gsm"
+    assert train.main([*TINY[4:], *arguments.split(), "--loops", "1", "--out", str(folder)]) == 0
+    record, = lines_of(folder)[1:]
+    assert record["step"] == 0 and set(record["levels"]) == {"1", "2"}
+    assert record["exact"] == pytest.approx(
+        sum(scores["exact"] for scores in record["levels"].values()) / 2)
 
 
 # -------------------------------------------------------------- 10. it learns, 11. the command line
@@ -1099,28 +1192,46 @@ def test_damaged_resume(tmp_path, capsys):
         before = log.read_bytes()
         assert "N1.pt" in refused(capsys, resume)
         assert log.read_bytes() == before and weights.read_bytes() == damaged
-    for text in ("", "{", "{}\n", '{"config": {}}\n'):
+    weights.unlink()
+    assert "N1.pt" in refused(capsys, resume)
+    header = json.loads(log.read_text().splitlines()[0])
+    wrong = [("cells", "4"), ("task", "zzz"), ("dtype", "float8"), ("loops", [0]), ("t", None)]
+    texts = [json.dumps(header | {"config": header["config"] | {name: x}}) for name, x in wrong]
+    for text in ("", "{", "{}\n", '{"config": {}}\n', *texts, '{"config": %s}' % texts[0]):
         log.write_text(text)
-        assert "log.jsonl" in refused(capsys, resume)
+        refused(capsys, resume)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("every", ["4", "100"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, what, every):
     """Guards the last good checkpoint: the step is named, nothing is saved after it."""
     original, calls = train.algorithm1, iter(range(1, 100))
 
     def diverging(model, *rest):
         loss, *others = original(model, *rest)
-        return (loss * math.nan if next(calls) == 9 else loss, *others)
+        if next(calls) == 9:  # the root has value 0 and no derivative
+            loss = loss * math.nan if what == "loss" else loss + (0 * loss).sqrt()
+        return (loss, *others)
 
     folder = tmp_path / "run"
     monkeypatch.setattr(train, "algorithm1", diverging)
     monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": 1.0, "bit": 0.5, "exact": 0.1})
-    arguments = [*TINY, "--steps", "20", "--eval_every", "4", "--loops", "1", "--out", str(folder)]
+    arguments = [*TINY, *f"--steps 40 --eval_every {every} --loops 1 --out {folder}".split()]
     assert train.main(arguments) == 1
     line = capsys.readouterr().err
     assert "step 9;" in line and str(folder / "N1.pt") in line and line.count("\n") == 1
     saved = torch.load(folder / "N1.pt", weights_only=True)
-    assert saved["step"] == 8 and all(x.isfinite().all() for x in saved["model"].values())
+    assert saved["step"] == (8 if every == "4" else 0) and next(calls) < 22
+    assert all(x.isfinite().all() for x in saved["model"].values())
+
+
+def test_weights_that_overflow_are_not_saved(tmp_path):
+    """Guards the last update before an evaluation, whose loss nobody has seen yet."""
+    arguments = [*TINY, *"--steps 30 --eval_every 1 --loops 1 --muon_lr 1e30".split()]
+    assert train.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert all(math.isfinite(record["loss"]) for record in lines_of(tmp_path)[1:])
+    assert all(x.isfinite().all() for x in weights_of(tmp_path, 1).values())
 
 
 # ----------------------------------------------------------------------------------- 12. the README
@@ -1135,7 +1246,8 @@ def test_commands_of_the_readme_parse():
     for script, *arguments in map(shlex.split, commands):
         assert (HERE / script).exists()
         if script == "train.py" and arguments != ["--help"]:
-            train.get_parser().parse_args(arguments)
+            options = vars(train.get_parser().parse_args(arguments))
+            train.build(options | {"init": None, "train": "all", "dtype": "float32"})
 
 
 def tags(kinds):

@@ -47,6 +47,9 @@ TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults 
     "question": "gsm: asked first or last (first)"}
 TRAIN, EVAL = 0, 1  # streams of random numbers
 CHUNK = 64          # training batches drawn in one call
+MOST = 2**31 - 1    # as an option's value
+UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError,
+              pickle.UnpicklingError)  # what reading a damaged checkpoint raises
 CHECK_EVERY = 10    # steps between looks at the loss, each of which waits for the device
 
 
@@ -58,16 +61,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def whole(low: int | None = None):
-    """An argparse type: whole numbers, from `low` on if it is given."""
+def whole(low: int = -MOST):
+    """An argparse type: whole numbers from `low` on."""
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or low is not None and value < low:
-            bound = "" if low is None else f", at least {low}"
-            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number{bound}")
+        if value is None or not low <= value <= MOST:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: must be a whole number from {low} to {MOST}")
         return value
     return parse
 
@@ -86,7 +89,8 @@ def positive(text: str) -> float:
 def several(text: str) -> list[int]:
     """An argparse type: "2" or "1,2,4"."""
     parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts) or len(set(parts)) < len(parts):
+    if (not all(part.isdecimal() and 1 <= int(part) <= MOST for part in parts)
+            or len(set(map(int, parts))) < len(parts)):
         raise argparse.ArgumentTypeError(f"{text!r}: must be whole numbers, at least 1, "
                                          "with commas between them and none of them twice")
     return [int(part) for part in parts]
@@ -272,34 +276,56 @@ def write(path: Path, save):
 
 
 def write_log(folder: Path, header: dict, records: list[dict]):
-    text = "".join(json.dumps(line) + "\n" for line in [header, *records])
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in [header, *records])
     write(folder / "log.jsonl", lambda path: path.write_text(text))
 
 
 def make_header(argv: list[str], options: dict) -> dict:
     """First line of the log: what it takes to get the same numbers again."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], text=True,
-                         cwd=Path(__file__).parent, capture_output=True)
+    try:
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, text=True,
+                                capture_output=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     hardware = (torch.cuda.get_device_name() if options["device"] == "cuda"
                 else f"CPU, {torch.get_num_threads()} threads")
     return {"command": shlex.join(["python", "train.py", *argv]),
-            "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
+            "commit": commit or os.environ.get("COMMIT", "unknown"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
             "hardware": hardware, "config": options}
 
 
+def as_arguments(config: dict) -> list[str]:
+    """The command line that asks for a configuration."""
+    def text(name, value):
+        if isinstance(value, bool):
+            return f"--{name}" if value else f"--no-{name}"
+        if isinstance(value, list):
+            value = (":" if name == "loop_blocks" else ",").join(map(str, value))
+        return f"--{name}={value}"
+    return [text(name, value) for name, value in config.items() if value is not None]
+
+
 def read_header(parser: Parser, option: str, folder: Path) -> dict:
+    """First line of the run's log. Exits with 2 if it is no run, damaged or incomplete."""
     try:
-        header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-        expected = vars(parser.parse_args([])).keys() - {"out", "resume"}
-        if header["config"].keys() - TASK_OPTIONS.keys() != expected:
+        header, *records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        parsed = vars(parser.parse_args(as_arguments(header["config"])))
+        if {name: x for name, x in parsed.items() if name not in ("out", "resume")} \
+                != header["config"] or not {"command", "commit", "hardware"} <= header.keys():
             raise ValueError
-        return header
+        lost = {f"N{record['loops']}.pt" for record in records
+                if not (folder / f"N{record['loops']}.pt").exists()}
     except (FileNotFoundError, NotADirectoryError):
         parser.error(f"{option} {folder}: must be a folder that train.py wrote; no log.jsonl there")
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         parser.error(f"{option} {folder}: its log.jsonl is damaged or of another version")
+    if lost:
+        parser.error(f"{option} {folder}: {', '.join(sorted(lost))} must be there, its log has "
+                     "results of it")
+    return header
 
 
 def initialize(model: Hybrid, path: Path, train: str):
@@ -318,8 +344,7 @@ def initialize(model: Hybrid, path: Path, train: str):
         fresh = model.load_state_dict(weights, strict=False).missing_keys
         if "".join(new[i] for i in kept) != old:
             raise ValueError
-    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError,
-            pickle.UnpicklingError):
+    except UNREADABLE:
         raise ValueError(f"init {path}: must be a checkpoint N*.pt, or a folder with only one, of "
                          "the same task, width and layout, m blocks aside") from None
     if train == "new":
@@ -355,10 +380,11 @@ def build(options: dict):
 
 def new_folder(task: str) -> Path:
     """out/TASK-001, or the first number that is free."""
+    Path("out").mkdir(exist_ok=True)
     for number in range(1, sys.maxsize):
         folder = Path("out") / f"{task}-{number:03d}"
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             continue
@@ -370,7 +396,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
     options = vars(parser.parse_args(argv))
     out, resume = options.pop("out"), options.pop("resume")
     if resume:
-        if len(argv) > (1 if argv[0].startswith("--resume=") else 2):
+        if len(argv) > 2 or any(re.match("--(?!resume)", argument) for argument in argv):
             parser.error(f"--resume {resume}: takes no other option, the run has its own")
         header = read_header(parser, "--resume", resume)
         options = header["config"]
@@ -393,14 +419,14 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
     try:
         out = out or new_folder(options["task"])
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
+        if any(path.suffix != ".tmp" for path in out.iterdir()):
             header = read_header(parser, "--out", out)
             if header["config"] != options:
                 parser.error(f"--out {out}: has a run of another configuration; give a new folder")
         else:
             write_log(out, header, [])
     except OSError as error:
-        parser.error(f"--out {out}: {error.strerror}; give a folder that can be written")
+        parser.error(f"--out {error.filename}: {error.strerror}; must be a folder that can be made")
     return argparse.Namespace(**options), out, header
 
 
@@ -424,8 +450,7 @@ def load(path: Path, header: dict, loops: int, model: Hybrid, optimizers: list):
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         return saved["step"], saved["token_passes"], saved["seconds"], saved["records"]
-    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError,
-            pickle.UnpicklingError):
+    except UNREADABLE:
         raise Halt(2, f"error: --resume {path.parent}: {path.name} is truncated, damaged or "
                       "of another model") from None
 
@@ -474,6 +499,8 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
     unchecked = []  # losses and gradient norms that are still on the device
 
     def save():
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            diverged(step)
         state = {"config": header["config"], "loops": loops, "records": records, "step": step,
                  "token_passes": token_passes, "seconds": time.time() - began,
                  "model": model.state_dict(),
@@ -481,14 +508,17 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
         write(checkpoint, lambda path: torch.save(state, path))
         write_log(folder, header, log)
 
+    def diverged(step):
+        kept = checkpoint if checkpoint.exists() else "none yet"
+        raise Halt(1, f"N = {loops}: loss, gradient or weights not finite at step {step}; last "
+                      f"checkpoint: {kept}; try a smaller --muon_lr or --lr")
+
     def check():
         """Look at the losses and norms of the last steps; the loss of the last one."""
         values = torch.stack(unchecked).tolist()
         for i, pair in enumerate(values, step + 1 - len(values)):
             if not all(map(math.isfinite, pair)):
-                kept = checkpoint if checkpoint.exists() else "none yet"
-                raise Halt(1, f"N = {loops}: loss or gradient not finite at step {i}; last "
-                              f"checkpoint: {kept}; try a smaller --muon_lr or --lr")
+                diverged(i)
         unchecked.clear()
         return values[-1][0]
 
@@ -503,6 +533,8 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 bar.set_postfix(loss=f"{train_loss:.3f}", exact=f"{records[-1]['exact']:.1%}")
             if evaluating and (not records or records[-1]["step"] < step):
                 scores = evaluate_levels(model, task, held_out, loops, windows)
+                if not math.isfinite(scores["loss"]):
+                    diverged(step)
                 record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
                           "token_passes": token_passes, "train_loss": train_loss, **scores,
                           "seconds": round(time.time() - began, 2)}
@@ -515,7 +547,8 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 save()
             if stop.is_set():
                 save()
-                raise Halt(130, f"saved; go on with: python train.py --resume {folder}")
+                raise Halt(130, "saved; go on with: python train.py --resume "
+                                + shlex.quote(str(folder)))
             if step == options.steps:
                 break
 
@@ -540,7 +573,9 @@ def print_facts(options: argparse.Namespace, folder: Path, header: dict):
     config, total = model.config, sum(p.numel() for p in model.parameters())
     muon, adam = (sum(p.numel() for group in optimizer.param_groups for p in group["params"])
                   for optimizer in make_optimizers(model, options.muon_lr, options.lr))
-    why = "bfloat16 is slow there" if options.device == "cpu" else "for its tensor cores"
+    why = {("cpu", "float32"): "bfloat16 is slow there", ("cuda", "bfloat16"): "for tensor cores"}
+    why = why.get((options.device, options.dtype), "as asked")
+    windows = cut(task.batch(1, generator(0, EVAL))[1], config.window)
     print(f"task    {task.title()}\n"
           f"        always the same answer is {task.floor():.2%} exact: the floor\n"
           f"model   {config.layout}, d = {config.d_model}, {config.n_head} heads, "
@@ -551,6 +586,8 @@ def print_facts(options: argparse.Namespace, folder: Path, header: dict):
           f"device  {header['hardware']}; matrix products in {options.dtype} ({why}), "
           f"parameters and S in float32\n"
           f"folder  {folder}", flush=True)
+    if all(window.scored for window in windows) and options.sleep_at == "sleep":
+        print("note    no window is left to sleep on, N makes no difference: L is too large")
 
 
 def print_table(log: list[dict]):
@@ -563,21 +600,32 @@ def print_table(log: list[dict]):
 
 
 def main(argv: list[str] | None = None) -> int:
-    options, folder, header = open_run(sys.argv[1:] if argv is None else argv)
-    print_facts(options, folder, header)
     log, stop = [], threading.Event()
-    default = signal.signal(signal.SIGINT, lambda *_: stop.set())  # a step is never cut in two
+
+    def interrupt(*_):  # the first Ctrl-C lets the step in progress end; the second does not
+        stop.set()
+        signal.signal(signal.SIGINT, default)
+
+    default = signal.signal(signal.SIGINT, interrupt)
     try:
+        options, folder, header = open_run(sys.argv[1:] if argv is None else argv)
+        print_facts(options, folder, header)
         for loops in options.loops:
             train_model(loops, options, folder, header, log, stop)
+        write_log(folder, header, log)
+        print_table(log)
+        return 0
     except Halt as halt:
         print(f"train.py: {halt}", file=sys.stderr)
         return halt.code
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        print("train.py: error: not enough memory for this --batch, --eval_size, model or task; "
+              "smaller ones must do", file=sys.stderr)
+        return 2
     finally:
         signal.signal(signal.SIGINT, default)
-    write_log(folder, header, log)
-    print_table(log)
-    return 0
 
 
 if __name__ == "__main__":
