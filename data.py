@@ -148,7 +148,7 @@ class Rule110:
         return tokens, targets
 
     def floor(self, level: int | None = None) -> float:
-        """Exact accuracy of the best constant answer, over all states: learning nothing earns it."""
+        """Exact accuracy of the best constant answer, over all states; it takes no learning."""
         p = p_one(self.cells, self.t if level is None else level, self.automaton)
         return max(p, 1 - p) ** self.states
 

@@ -1042,7 +1042,8 @@ def test_inserted_memories_start_as_the_identity(tmp_path):
     """Guards the Ouro recipe: new blocks change nothing at first, and --train new only them."""
     options = "--loops 2 --window 10 --sleep_at wake"
     looped, records = run_of(tmp_path, "looped", options, "--layout aa")
-    grafted, more = run_of(tmp_path, "grafted", options, f"--layout ama --train new --init {looped}")
+    options += f" --layout ama --train new --init {looped}"
+    grafted, more = run_of(tmp_path, "grafted", options)
     assert more[0]["loss"] == pytest.approx(records[-1]["loss"], abs=1e-6) and more[-1]["step"] == 3
     old, new = weights_of(looped, 2), weights_of(grafted, 2)
     moved = {name: name.replace("layers.1.", "layers.2.") for name in old}
