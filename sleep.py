@@ -163,7 +163,8 @@ class Stream:
         return logits[:, -1]
 
     def bytes(self) -> dict[str, int]:
-        """Bytes held between two tokens: cache, both S (provisional, and at the start), tokens."""
-        held = self.memory.bytes()
-        return {"cache": held["cache"], "S": held["S"] + self.start.bytes()["S"],
+        """Bytes held between two tokens, by the provisional memory and the one at the start."""
+        held = [self.start.bytes()] + [self.memory.bytes()] * (self.memory is not self.start)
+        return {"cache": sum(memory["cache"] for memory in held),
+                "S": sum(memory["S"] for memory in held),
                 "tokens": sum(token.nbytes for token in self.window)}

@@ -331,8 +331,9 @@ def test_sliding_cache_is_bounded():
     stream = Stream(model, loops=1)
     for token in torch.zeros(23, 1, dtype=torch.long):
         stream.feed(token)
-        sizes.append(stream.memory.cache[0].k.shape[2])
-    assert sizes == [1, 2, 3] + [4] * 20
+        sizes.append((stream.memory.cache[0].k.shape[2], stream.bytes()["cache"]))
+    assert [size for size, _ in sizes] == [1, 2, 3] + [4] * 20
+    assert max(size for _, size in sizes) == sizes[6][1]  # full, provisional and retained
 
 
 def test_stream_memory_is_bounded():
@@ -346,7 +347,8 @@ def test_stream_memory_is_bounded():
     tails = 2 * 3 * 3 * 16 * 8  # two SSM blocks, three inputs of q, k and v
     expected = [n and one_token * n + tails for n in [1, 2, 3, 4, 0] * 8]
     assert [size["cache"] for size in sizes] == expected
-    assert {size["S"] for size in sizes} == {2 * 2 * 2 * 8 * 8 * 8}  # twice two blocks, two heads
+    one_S = 2 * 2 * 8 * 8 * 8  # two blocks, two heads of 8 x 8; within a window a second one
+    assert [size["S"] for size in sizes] == [2 * one_S if n else one_S for n in [1, 2, 3, 4, 0] * 8]
     assert [size["tokens"] for size in sizes] == [8 * n for n in [1, 2, 3, 4, 0] * 8]
 
 
@@ -1278,3 +1280,19 @@ def test_tests_of_the_readme_exist():
     assert named and not named - set(globals())
     equations = [row for row in README.splitlines() if re.match(r"\| (Eq|Alg)\.", row)]
     assert all("`test_" in row for row in equations)
+
+
+def test_numbers_of_the_readme_are_in_the_logs():
+    """Guards honest results: every number of the experiments' table, at its last evaluation."""
+    rows = re.findall(r"^\| .* \| (N = [^|]*) \| `(results/[^`]*)` \|$", README, re.M)
+    assert len(rows) > 15
+    for numbers, pattern in rows:
+        logs = [map(json.loads, path.read_text().splitlines()[1:])
+                for path in sorted(HERE.glob(pattern))]
+        last = [{record["loops"]: record for record in log} for log in logs]
+        for n, printed in re.findall(r"N = (\d+): ([\d.,/ ]+)", numbers):
+            records = [log[int(n)] for log in last if int(n) in log]
+            scores = [list(record.get("levels", {0: record}).values()) for record in records]
+            measured = [" / ".join(f"{100 * score['exact']:.1f}" for score in levels)
+                        for levels in scores]
+            assert printed == ", ".join(measured), f"{pattern}, N = {n}: {', '.join(measured)}"
