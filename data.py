@@ -2,8 +2,8 @@
 
 A task is a small class: batch(batch_size, generator, split, level) -> tokens, targets; floor(level)
 and show(). levels are the difficulties that evaluation reports one by one; level = None is the
-training mixture. The part that asks is in a fixed place, and an instance belongs to the train or to
-the held-out split by a hash of itself, so that evaluation is on instances that training never saw.
+training mixture. No target before scored_from is ever scored. An instance belongs to the train or
+to the held-out split by a hash of itself, so that evaluation is on instances never trained on.
 """
 
 from functools import lru_cache
@@ -116,22 +116,25 @@ class Rule110:
     """
     words = "01?"  # the vocabulary: 0, 1 and the query
     QUERY, vocab_size = 2, 3
+    MOST = 10_000  # steps
 
     def __init__(self, cells: int = 12, states: int = 2, t: int = 4, automaton: int = 110):
         check("cells", cells, 3)
         check("states", states, 1)
-        check("t", t, 0, 10_000)
+        check("t", t, 0, self.MOST)
         check("automaton", automaton, 0, 255)
         self.cells, self.states, self.t, self.automaton = cells, states, t, automaton
         self.levels = (t,)
         self.window = cells                 # L: the model sees one state at a time
         self.length = states * (cells + 1)  # T
+        self.scored_from = self.length - states
 
     def batch(self, batch_size: int, generator: torch.Generator, split: str = "train",
               level: int | None = None) -> tuple[Tensor, Tensor]:
         """tokens, targets: int64 (B, T) on the generator's device. split: "train" or "held-out".
         level: another t."""
         device, t = generator.device, self.t if level is None else level
+        check("level", t, 0, self.MOST)
 
         def draw(n):
             return torch.randint(2, (n, self.cells), generator=generator, device=device)
@@ -212,6 +215,7 @@ class Depo:
         self.window = nodes if window is None else window  # L: None: the graph spans 4 windows
         check("window", self.window, 1)
         self.length = 4 * nodes + 6 * questions            # T
+        self.scored_from = 4 * nodes + 1                   # behind a hop and a name's only token
         self.levels = tuple(2**i for i in range(hops.bit_length()))
         self.words = ([f"{i}-" for i in range(names)] + [f"{i}" for i in range(names)]
                       + [f"k{k + 1}" for k in range(hops)] + ["=", "_"])
@@ -367,6 +371,7 @@ class GSM:
         self.modulus, self.variables = modulus, variables
         self.window = window              # L
         self.length = 6 * statements + 3  # T: by default 1.65 L, as the paper's longest
+        self.scored_from = self.length - 1
         self.levels = tuple(range(1, ops + 1))
         letters = [chr(ord("a") + i % 26) + str(i // 26 or "") for i in range(variables)]
         self.words = [str(i) for i in range(modulus)] + letters + list("+-*=;?A")

@@ -31,7 +31,7 @@ class Config:
     # Variants of the sleep, each read at one place; the defaults are Algorithm 1.
     eviction: str = "hard"       # hard: the whole cache; sliding: all but L - 1 tokens; none
     loop_blocks: tuple[int, int] | None = None  # only blocks i to j - 1 are looped; None: all
-    carry: str = "h"             # a pass starts from the last one's h, or again from the embedding
+    carry: str = "h"             # a pass starts from the last one's h, or again from the first's
     carry_S: bool = True         # ... and from its S, or again from the S at the window's start
     sleep_at: str = "sleep"      # where the N passes are spent: asleep, or awake in scored windows
     rule: str = "gdn"            # gdn, delta (no decay), mamba2 (Eq. 3 as printed: no delta rule)
@@ -47,6 +47,8 @@ class Config:
                              "into heads of even size")
         if self.window < 1:
             raise ValueError(f"window {self.window}: must be at least 1")
+        if self.window == 1 and self.eviction == "sliding":
+            raise ValueError("window 1: must be at least 2 for sliding eviction")
         for name, valid in (("dtype", "float32 bfloat16 float64"), ("rule", "gdn delta mamba2"),
                             ("eviction", "hard sliding none"), ("carry", "h embed"),
                             ("sleep_at", "sleep wake")):
@@ -58,9 +60,9 @@ class Config:
                              f"{len(self.layout)}, the number of blocks")
 
     @property
-    def keep(self) -> int:
-        """Tokens whose keys and values an eviction keeps."""
-        return {"hard": 0, "sliding": self.window - 1, "none": 2**31}[self.eviction]
+    def keep(self) -> int | None:
+        """Tokens whose keys and values an eviction keeps; None: all."""
+        return {"hard": 0, "sliding": self.window - 1, "none": None}[self.eviction]
 
 
 # -------------------------------------------------------------------------- the two sequence mixers
@@ -215,7 +217,7 @@ class GatedDeltaNet(nn.Module):
         a, b = self.ab(x).view(B, L, 2, self.n_head).permute(2, 0, 3, 1).to(S.dtype)  # (B, H, L)
         log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
         q, k = F.normalize(q.to(S.dtype), dim=-1), F.normalize(k.to(S.dtype), dim=-1)
-        log_alpha = 0 * log_alpha if self.rule == "delta" else log_alpha
+        log_alpha = torch.zeros_like(log_alpha) if self.rule == "delta" else log_alpha
         o, S = gated_delta_rule(q, k, v.to(S.dtype), log_alpha, b.sigmoid(), S,
                                 delta=self.rule != "mamba2")
         o = norm(o).to(x.dtype) * F.silu(gate)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Cache(NamedTuple):
-    """Short-term memory of an attention block: the tokens since the last eviction."""
+    """Short-term memory of an attention block: keys and values of the latest tokens."""
     k: Tensor  # (B, H, C, K)
     v: Tensor  # (B, H, C, V)
 
@@ -34,7 +34,7 @@ class Tail(NamedTuple):
 
 class Memory(NamedTuple):
     """All that a model remembers. Each tuple has one entry a block, None where there is nothing."""
-    cache: tuple[Cache | Tail | None, ...]  # short-term: grows to L, evicted
+    cache: tuple[Cache | Tail | None, ...]  # short-term: grows with every token, evicted
     S: tuple[Tensor | None, ...]  # fast weights (B, H, V, K) of SSM blocks: fixed size, kept
 
     def bytes(self) -> dict[str, int]:
@@ -54,16 +54,19 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int) -> tuple[Tensor, M
     if loops < 1:
         raise ValueError(f"loops {loops}: must be at least 1")
     c, (i, j) = model.config, model.config.loop_blocks
-    first, begun = model.blocks(model.embed(tokens), memory, 0, i)
-    h, S = first, begun.S
+    first, begun = h, after = model.blocks(model.embed(tokens), memory, 0, i)
     for _ in range(loops):
+        h = h if c.carry == "h" else first
+        S = after.S if c.carry_S else begun.S
         h, after = model.blocks(h, Memory(begun.cache, S), i, j)  # Eq. (6)
-        last, h, S = h, h if c.carry == "h" else first, after.S if c.carry_S else begun.S
-    return model.blocks(last, after, j, len(c.layout))
+    return model.blocks(h, after, j, len(c.layout))
 
 
 def wake(model, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple[Tensor, Memory]:
-    """One ordinary pass: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it."""
+    """Read: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it. One ordinary pass.
+
+    loops > 1 is for the comparison that spends the passes awake (sleep_at = "wake").
+    """
     h, memory = passes(model, tokens, memory, loops)
     return model.unembed(h), memory
 
@@ -79,9 +82,15 @@ def sleep(model, tokens: Tensor, memory: Memory, loops: int) -> Memory:
     return passes(model, tokens, memory, loops)[1]  # Choice: start of sleep
 
 
-def evict(memory: Memory, keep: int = 0) -> Memory:
-    """Drop all but the latest `keep` tokens from the cache: 0 is hard eviction, only S remains."""
-    if not keep:
+def evict(memory: Memory, keep: int | None = 0) -> Memory:
+    """Drop all but the latest `keep` tokens from the cache; None: drop nothing.
+
+    0 is hard eviction: only S remains. L - 1 is the sliding window: the next pass sees those tokens
+    beside its own L, and the tails of the convolutions stay too.
+    """
+    if keep is None:
+        return memory
+    if keep == 0:
         return memory._replace(cache=(None,) * len(memory.cache))
     return memory._replace(cache=tuple(
         Cache(entry.k[:, :, -keep:], entry.v[:, :, -keep:]) if isinstance(entry, Cache) else entry
@@ -136,14 +145,18 @@ class Stream:
     """Read one token at a time, as a model in use does; every full window ends in a sleep.
 
     A token costs one single-token pass, whatever N is. Between tokens the stream holds the window's
-    cache and tokens and two S, however long the text. The logits are those of `algorithm1` to
-    rounding as long as only the last window is scored: training only wakes for a scored window in
-    the middle, while a stream, which cannot know, also sleeps on it.
+    tokens and two memories, the provisional one and that of the window's start: bounded, however
+    long the text, unless nothing is ever evicted. The logits are those of `algorithm1` to rounding
+    as long as only the last window is scored: training only wakes for a scored window in the
+    middle, while a stream, which cannot know, also sleeps on it. Raises ValueError if loops < 1, or
+    if the model spends its passes awake, where each would need a cache of its own.
     """
 
     def __init__(self, model, loops: int, batch_size: int = 1):
         if loops < 1:
             raise ValueError(f"loops {loops}: must be at least 1")
+        if model.config.sleep_at == "wake" and loops > 1:
+            raise ValueError(f"loops {loops}: must be 1 to stream a model with sleep_at wake")
         self.model, self.loops = model, loops
         self.start = self.memory = model.empty_memory(batch_size)  # start: when the window began
         self.window: list[Tensor] = []                             # its tokens so far, each (B,)

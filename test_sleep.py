@@ -325,6 +325,13 @@ def test_one_loop_with_a_cache_is_one_long_reading(eviction):
     torch.testing.assert_close(algorithm1(model, tokens, targets, 1)[1], logits[:, -3:])
 
 
+def test_stream_refuses_passes_awake():
+    """Guards a silent mismatch: a model trained to loop awake cannot be read token by token."""
+    for model, loops in ((hybrid(sleep_at="wake"), 2), (hybrid(), 0)):
+        with pytest.raises(ValueError, match=f"loops {loops}: must be"):
+            Stream(model, loops)
+
+
 def test_sliding_cache_is_bounded():
     """Guards the sliding window's memory: L keys at most in a block, L - 1 between tokens."""
     model, sizes = hybrid(eviction="sliding"), []
@@ -1045,8 +1052,11 @@ def test_inserted_memories_start_as_the_identity(tmp_path):
     options = "--loops 2 --window 10 --sleep_at wake"
     looped, records = run_of(tmp_path, "looped", options, "--layout aa")
     options += f" --layout ama --train new --init {looped}"
+    _, same = run_of(tmp_path, "same", options)
+    assert same[0]["loss"] == pytest.approx(records[-1]["loss"], abs=1e-6)
+    options = f"--layout ama --loops 2 --train new --init {looped}"  # hard eviction, real sleeps
     grafted, more = run_of(tmp_path, "grafted", options)
-    assert more[0]["loss"] == pytest.approx(records[-1]["loss"], abs=1e-6) and more[-1]["step"] == 3
+    assert more[-1]["step"] == 3
     old, new = weights_of(looped, 2), weights_of(grafted, 2)
     moved = {name: name.replace("layers.1.", "layers.2.") for name in old}
     assert all(torch.equal(old[name], new[moved[name]]) for name in old)
@@ -1054,23 +1064,25 @@ def test_inserted_memories_start_as_the_identity(tmp_path):
     options = f"--layout ama --loops 2 --eviction sliding --init {grafted}"
     _, both = run_of(tmp_path, "both", options)
     assert len(both) == 2
+    (looped / "N2.pt").unlink()  # a run goes on without the one that it came from
+    assert train.main(["--resume", str(grafted)]) == 0
 
 
 def test_init_that_does_not_fit(tmp_path, capsys):
     """Guards --init: another layout or width, a folder with two models, nothing new to train."""
     two, _ = run_of(tmp_path, "two", "--layout aa --loops 1,2")
     for options in (f"{two}", f"{two}/N1.pt", f"{two}/N1.pt --layout aa --d_model 32",
-                    f"{two}/N1.pt --layout aa --train new", f"{two}/log.jsonl"):
+                    f"{two}/N1.pt --layout aa --train new", f"{two}/log.jsonl",
+                    f"{two}/N1.pt --layout aa --n_head 4", f"{two}/N1.pt --layout aaa"):
         options = "--init " + options
         assert "must " in refused(capsys, [*TINY, "--out", str(tmp_path / "new"), *options.split()])
     assert not (tmp_path / "new").exists()
 
 
-def test_curriculum_and_schedule(tmp_path, monkeypatch):
+def test_curriculum_and_schedule(tmp_path):
     """Guards the stages: each value for an equal part of the run, in the order given."""
     assert [train.stage([1, 2, 4], step, 7) for step in range(7)] == [1, 1, 1, 2, 2, 4, 4]
     assert train.stage(None, 3, 7, default=5) == 5
-    monkeypatch.setattr(train, "CHUNK", 1)
     options = train.get_parser().parse_args([*TINY, "--curriculum", "1,3", "--steps", "4"])
     task, data = Rule110(4, 2, 1), train.batches(Rule110(4, 2, 1), options, 0)
     for step in range(4):
@@ -1143,7 +1155,8 @@ def refused(capsys, arguments):
     ("--loops", "0"), ("--loops", "-1"), ("--loops", "a,b"), ("--loops", "2,2"), ("--loops", ""),
     ("--t", "-1"), ("--t", "x"), ("--cells", "2"), ("--states", "0"), ("--automaton", "256"),
     ("--rule", "mamba3"), ("--nodes", "9"), ("--loop_blocks", "1:3"), ("--loop_blocks", "1"),
-    ("--loop_blocks", "1:1"), ("--eviction", "soft"), ("--carry", "S"), ("--curriculum", "4,,8"),
+    ("--loop_blocks", "1:1"), ("--loops_schedule", "1,4"), ("--init", ""), ("--eviction", "soft"),
+    ("--carry", "S"), ("--curriculum", "4,,8"),
     ("--curriculum", "hard"), ("--eval_loops", "0"), ("--init", "nowhere"), ("--train", "new"),
     ("--layout", "axs"), ("--layout", ""), ("--n_head", "3"), ("--n_head", "0"), ("--d_model", "0"),
     ("--window", "0"), ("--task", "sudoku"), ("--device", "tpu"), ("--dtype", "int8"),
@@ -1152,7 +1165,7 @@ def refused(capsys, arguments):
 def test_impossible_values(tmp_path, capsys, flag, value):
     """Guards against tracebacks and silence: the line names the flag and the value."""
     line = refused(capsys, [*TINY, "--out", str(tmp_path / "run"), f"{flag}={value}"])
-    assert flag in line and repr(value) in line or f"{flag} {value}:" in line
+    assert flag in line and repr(value) in line or f"{flag} {value}: " in line
     assert "must " in line or "choose from" in line
     assert not (tmp_path / "run").exists()
 

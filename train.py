@@ -130,7 +130,8 @@ def get_parser() -> argparse.ArgumentParser:
     sleep.add_argument("--loop_blocks", type=span, metavar="i:j",
                        help="loop only the blocks i to j - 1; the others run once; None: loop all")
     sleep.add_argument("--carry", choices=["h", "embed"], default="h",
-                       help="a pass starts from the h of the one before, or from the embedding")
+                       help="a pass starts from the h of the one before, or from the embedding "
+                            "(behind the blocks that are not looped)")
     sleep.add_argument("--carry_S", action=argparse.BooleanOptionalAction, default=True,
                        help="a pass starts from the S of the one before, or from the window's")
     sleep.add_argument("--sleep_at", choices=["sleep", "wake"], default="sleep",
@@ -237,15 +238,16 @@ def stage(values: list | None, step: int, steps: int, default=None):
 
 
 def batches(task, options: argparse.Namespace, step: int):
-    """Endless training batches from `step` on. What a step gets depends on (seed, step) alone."""
+    """Endless training batches from `step` on, each a function of the options and the step."""
+    size = 1 if options.curriculum else CHUNK
     while True:
-        chunk, first = divmod(step, CHUNK)
-        level = stage(options.curriculum, chunk * CHUNK, options.steps)
-        data = task.batch(CHUNK * options.batch,
+        chunk, first = divmod(step, size)
+        level = stage(options.curriculum, step, options.steps)
+        data = task.batch(size * options.batch,
                           generator(options.seed, TRAIN, chunk, options.device), "train", level)
-        for i in range(first, CHUNK):
+        for i in range(first, size):
             yield tuple(x[i * options.batch:(i + 1) * options.batch] for x in data)
-        step = (chunk + 1) * CHUNK
+        step = (chunk + 1) * size
 
 
 @torch.no_grad()
@@ -328,30 +330,33 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
     return header
 
 
-def initialize(model: Hybrid, path: Path, train: str):
-    """Weights from another run's checkpoint; m blocks that it lacks keep their start, the identity.
+def initialize(model: Hybrid, options: dict) -> list[str] | None:
+    """Weights from the checkpoint of --init -> names of the parameters that it lacks.
 
-    train = "new" then freezes all but those blocks. Raises ValueError if it does not fit.
+    It may lack m blocks: they keep their start, the identity. Raises ValueError if it does not fit.
     """
+    if options["init"] is None:
+        return None
+    path, new = Path(options["init"]), model.config.layout
     if path.is_dir() and len(found := list(path.glob("N*.pt"))) == 1:
         path = found[0]
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        old, new = saved["config"]["layout"], model.config.layout
+        old = saved["config"]["layout"]
         kept = [i for i, kind in enumerate(new) if old == new or kind != "m"]
         weights = {re.sub(r"^layers\.(\d+)", lambda match: f"layers.{kept[int(match[1])]}", name): x
                    for name, x in saved["model"].items()}
         fresh = model.load_state_dict(weights, strict=False).missing_keys
-        if "".join(new[i] for i in kept) != old:
+        if ("".join(new[i] for i in kept) != old
+                or any(int(name.split(".")[1]) in kept for name in fresh)
+                or any(saved["config"][name] != options[name] for name in ("task", "n_head"))):
             raise ValueError
     except UNREADABLE:
-        raise ValueError(f"init {path}: must be a checkpoint N*.pt, or a folder with only one, of "
-                         "the same task, width and layout, m blocks aside") from None
-    if train == "new":
-        if not fresh:
-            raise ValueError(f"train new: must come with m blocks in the layout that {path} lacks")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in fresh)
+        raise ValueError(f"init {options['init']}: must be a checkpoint or a folder with one, "
+                         "of the same task, width, heads and layout, m blocks aside") from None
+    if options["train"] == "new" and not fresh:
+        raise ValueError(f"train new: must come with m blocks in the layout that {path} lacks")
+    return fresh
 
 
 def build(options: dict):
@@ -369,13 +374,13 @@ def build(options: dict):
         except ValueError as error:
             raise ValueError(f"curriculum: {error}") from None
     model = {field.name: given[field.name] for field in fields(Config) if field.name in given}
-    torch.manual_seed(options["seed"])
-    model = Hybrid(Config(**{"vocab_size": task.vocab_size, "window": task.window, **model}))
-    if options["init"]:
-        initialize(model, Path(options["init"]), options["train"])
-    elif options["train"] == "new":
+    if options["train"] == "new" and options["init"] is None:
         raise ValueError("train new: must come with --init")
-    return task, model
+    if options["loops_schedule"] and options["loops"] != options["loops_schedule"][-1:]:
+        schedule = ",".join(map(str, options["loops_schedule"]))
+        raise ValueError(f"loops_schedule {schedule}: must end in the only N of --loops")
+    torch.manual_seed(options["seed"])
+    return task, Hybrid(Config(**{"vocab_size": task.vocab_size, "window": task.window, **model}))
 
 
 def new_folder(task: str) -> Path:
@@ -408,7 +413,9 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
     if options["dtype"] == "auto":
         options["dtype"] = "bfloat16" if options["device"] == "cuda" else "float32"
     try:
-        task, _ = build(options)
+        task, model = build(options)
+        if not resume:
+            initialize(model, options)
         options |= {name: getattr(task, name) for name in TASK_OPTIONS if hasattr(task, name)}
     except ValueError as error:
         parser.error(f"--{error}")
@@ -440,19 +447,42 @@ class Halt(Exception):
         self.code = code
 
 
-def load(path: Path, header: dict, loops: int, model: Hybrid, optimizers: list):
-    """Fill model and optimizers -> step, token_passes, seconds, records. Raises Halt."""
+def read(path: Path, header: dict, loops: int) -> dict:
+    """A checkpoint of this run. Raises Halt if it is damaged or of another run."""
     try:
         saved = torch.load(path, weights_only=True)
         if (saved["config"], saved["loops"]) != (header["config"], loops):
             raise ValueError
+        return saved
+    except UNREADABLE:
+        raise unfit(path) from None
+
+
+def restore(saved: dict, path: Path, model: Hybrid, optimizers: list[torch.optim.Optimizer]):
+    """Fill model and optimizers from a checkpoint. Raises Halt if it does not fit."""
+    try:
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        return saved["step"], saved["token_passes"], saved["seconds"], saved["records"]
     except UNREADABLE:
-        raise Halt(2, f"error: --resume {path.parent}: {path.name} is truncated, damaged or "
-                      "of another model") from None
+        raise unfit(path) from None
+
+
+def unfit(path: Path) -> Halt:
+    return Halt(2, f"error: --resume {path.parent}: {path.name} is truncated, damaged or of "
+                   "another model")
+
+
+def levels_of(task, options: argparse.Namespace) -> list[int]:
+    """The difficulties that are evaluated: the task's own and those of the curriculum."""
+    return sorted({*task.levels, *(options.curriculum or [])})
+
+
+def windows_of(task, length: int) -> list[Window]:
+    """The windows of every sequence of a task: scored are those that reach scored_from."""
+    targets = torch.full((1, task.length), IGNORE)
+    targets[:, task.scored_from:] = 0
+    return cut(targets, length)
 
 
 def passes_over(windows: list[Window], loops: int, sleep_at: str) -> int:
@@ -480,20 +510,27 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
     done and saved, and at a loss or gradient that is not finite, without saving.
     """
     task, model = build(vars(options))
+    checkpoint = folder / f"N{loops}.pt"
+    saved = read(checkpoint, header, loops) if checkpoint.exists() else None
+    fresh = saved["fresh"] if saved else initialize(model, vars(options))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(options.train == "all" or name in fresh)
     model.to(options.device)
     optimizers = make_optimizers(model, options.muon_lr, options.lr)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    checkpoint = folder / f"N{loops}.pt"
     step, token_passes, seconds, records, train_loss = 0, 0, 0.0, [], None
-    if checkpoint.exists():
-        step, token_passes, seconds, records = load(checkpoint, header, loops, model, optimizers)
+    if saved:
+        restore(saved, checkpoint, model, optimizers)
+        step, token_passes, seconds, records = (
+            saved[name] for name in ("step", "token_passes", "seconds", "records"))
         log.extend(records)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
-    size = -(-options.eval_size // len(task.levels))
+    levels = levels_of(task, options)
+    size = -(-options.eval_size // len(levels))
     held_out = {level: task.batch(size, generator(0, EVAL, i, options.device), "held-out", level)
-                for i, level in enumerate(task.levels)}
-    windows = cut(torch.cat([data[1] for data in held_out.values()]), model.config.window)
+                for i, level in enumerate(levels)}
+    windows = windows_of(task, model.config.window)
     tokens_a_step = options.batch * task.length
     began = time.time() - seconds
     unchecked = []  # losses and gradient norms that are still on the device
@@ -501,8 +538,8 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
     def save():
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             diverged(step)
-        state = {"config": header["config"], "loops": loops, "records": records, "step": step,
-                 "token_passes": token_passes, "seconds": time.time() - began,
+        state = {"config": header["config"], "loops": loops, "fresh": fresh, "records": records,
+                 "step": step, "token_passes": token_passes, "seconds": time.time() - began,
                  "model": model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write(checkpoint, lambda path: torch.save(state, path))
@@ -539,8 +576,10 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                           "token_passes": token_passes, "train_loss": train_loss, **scores,
                           "seconds": round(time.time() - began, 2)}
                 if step == options.steps and options.eval_loops:
-                    record["eval_loops"] = {n: evaluate_levels(model, task, held_out, n, windows)
-                                            for n in options.eval_loops}
+                    others = {n: evaluate_levels(model, task, held_out, n, windows)
+                              for n in options.eval_loops}
+                    record["eval_loops"] = {n: scores for n, scores in others.items()
+                                            if math.isfinite(scores["loss"])}
                 records.append(record)
                 log.append(record)
                 tqdm.write(line(record))
@@ -575,9 +614,10 @@ def print_facts(options: argparse.Namespace, folder: Path, header: dict):
                   for optimizer in make_optimizers(model, options.muon_lr, options.lr))
     why = {("cpu", "float32"): "bfloat16 is slow there", ("cuda", "bfloat16"): "for tensor cores"}
     why = why.get((options.device, options.dtype), "as asked")
-    windows = cut(task.batch(1, generator(0, EVAL))[1], config.window)
+    windows, levels = windows_of(task, config.window), levels_of(task, options)
+    floor = sum(map(task.floor, levels)) / len(levels)
     print(f"task    {task.title()}\n"
-          f"        always the same answer is {task.floor():.2%} exact: the floor\n"
+          f"        always the same answer is {floor:.2%} exact: the floor\n"
           f"model   {config.layout}, d = {config.d_model}, {config.n_head} heads, "
           f"L = {config.window}: {total:,} parameters ({muon:,} by Muon, {adam:,} by AdamW)\n"
           f"run     N = {', '.join(map(str, options.loops))}, seed {options.seed}, "
@@ -619,7 +659,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {halt}", file=sys.stderr)
         return halt.code
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error).lower():
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) \
+                and "allocate memory" not in str(error):
             raise
         print("train.py: error: not enough memory for this --batch, --eval_size, model or task; "
               "smaller ones must do", file=sys.stderr)
