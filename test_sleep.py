@@ -332,14 +332,22 @@ def test_stream_refuses_passes_awake():
             Stream(model, loops)
 
 
-def test_sliding_cache_is_bounded():
-    """Guards the sliding window's memory: L keys at most in a block, L - 1 between tokens."""
-    model, sizes = hybrid(eviction="sliding"), []
+def test_sliding_cache_is_bounded(monkeypatch):
+    """Guards the sliding window's memory: at most L keys in a cache, L - 1 between tokens."""
+    model, sizes, seen = hybrid(eviction="sliding"), [], {1: [], 5: []}
+    original = F.scaled_dot_product_attention
+
+    def watched(q, k, v, **rest):
+        seen[q.shape[2]].append(k.shape[2])
+        return original(q, k, v, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     stream = Stream(model, loops=1)
     for token in torch.zeros(23, 1, dtype=torch.long):
         stream.feed(token)
         sizes.append((stream.memory.cache[0].k.shape[2], stream.bytes()["cache"]))
     assert [size for size, _ in sizes] == [1, 2, 3] + [4] * 20
+    assert max(seen[1]) == 5 and max(seen[5]) == 9  # awake L; asleep L - 1 kept and L of its own
     assert max(size for _, size in sizes) == sizes[6][1]  # full, provisional and retained
 
 
@@ -1296,10 +1304,12 @@ def test_tests_of_the_readme_exist():
 
 
 def test_numbers_of_the_readme_are_in_the_logs():
-    """Guards honest results: every number of the experiments' table, at its last evaluation."""
-    rows = re.findall(r"^\| .* \| (N = [^|]*) \| `(results/[^`]*)` \|$", README, re.M)
+    """Guards honest results: every number of the table of experiments, and its command."""
+    rows = re.findall(r"^\| .* \| `(.*)` \| (N = [^|]*) \| `(results/[^`]*)` \|$", README, re.M)
     assert len(rows) > 15
-    for numbers, pattern in rows:
+    for arguments, numbers, pattern in rows:
+        options = vars(train.get_parser().parse_args(arguments.split()))
+        train.build(options | {"init": None, "train": "all", "dtype": "float32"})
         logs = [map(json.loads, path.read_text().splitlines()[1:])
                 for path in sorted(HERE.glob(pattern))]
         last = [{record["loops"]: record for record in log} for log in logs]

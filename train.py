@@ -451,7 +451,7 @@ def read(path: Path, header: dict, loops: int) -> dict:
     """A checkpoint of this run. Raises Halt if it is damaged or of another run."""
     try:
         saved = torch.load(path, weights_only=True)
-        if (saved["config"], saved["loops"]) != (header["config"], loops):
+        if (saved["config"], saved["loops"]) != (header["config"], loops) or "fresh" not in saved:
             raise ValueError
         return saved
     except UNREADABLE:
@@ -485,9 +485,11 @@ def windows_of(task, length: int) -> list[Window]:
     return cut(targets, length)
 
 
-def passes_over(windows: list[Window], loops: int, sleep_at: str) -> int:
-    """Tokens times passes over the blocks in one sequence: what N costs."""
-    return sum((stop - start) * (loops if scored == (sleep_at == "wake") else 1)
+def passes_over(windows: list[Window], loops: int, config: Config) -> float:
+    """Tokens times passes over all blocks, in one sequence: what N costs."""
+    i, j = config.loop_blocks
+    more = (loops - 1) * (j - i) / len(config.layout)
+    return sum((stop - start) * (1 + more * (scored == (config.sleep_at == "wake")))
                for start, stop, scored in windows)
 
 
@@ -602,7 +604,7 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            token_passes += options.batch * passes_over(windows, N, options.sleep_at)
+            token_passes += options.batch * passes_over(windows, N, model.config)
             unchecked.append(torch.stack([loss.detach(), norm]))
             bar.update(tokens_a_step)
 
@@ -631,7 +633,7 @@ def print_facts(options: argparse.Namespace, folder: Path, header: dict):
 
 
 def print_table(log: list[dict]):
-    """The last evaluation of every N; token passes = tokens times passes over the blocks."""
+    """The last evaluation of every N; token passes = tokens times passes over all blocks."""
     print(f"\n{'N':>3}{'loss':>9}{'bit':>9}{'exact':>9}{'floor':>9}{'tokens':>9}{'seconds':>9}"
           f"{'token passes':>14}")
     for record in {record["loops"]: record for record in log}.values():
