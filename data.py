@@ -230,8 +230,7 @@ class Depo:
 
     def batch(self, batch_size: int, generator: torch.Generator, split: str = "train",
               level: int | None = None) -> tuple[Tensor, Tensor]:
-        """tokens, targets: int64 (B, T) on the generator's device. level: the hops k of every
-        question."""
+        """tokens, targets: int64 (B, T) on the generator's device. level: hops of each question."""
         low, high = (1, self.hops) if level is None else (level, level)
         check("level", low, 1, self.hops)
         random = {"generator": generator, "device": generator.device}
@@ -379,8 +378,7 @@ class GSM:
 
     def batch(self, batch_size: int, generator: torch.Generator, split: str = "train",
               level: int | None = None) -> tuple[Tensor, Tensor]:
-        """tokens, targets: int64 (B, T) on the generator's device. level: the needed statements of
-        every problem."""
+        """tokens, targets: int64 (B, T) on the generator's device. level: statements needed."""
         low, high = (1, self.ops) if level is None else (level, level)
         check("level", low, 1, self.ops)
         random = {"generator": generator, "device": generator.device}

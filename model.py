@@ -1,5 +1,4 @@
-"""The hybrid: attention blocks with a short-term cache, SSM blocks with fast weights S (Eq. 1 to
-5).
+"""The hybrid: attention blocks with a short-term cache, SSM blocks with fast weights S.
 
 The letters are explained at the top of sleep.py. The mathematics stands in two plain functions of
 tensors, `attention` and `gated_delta_rule`; the modules around them only hold weights.

@@ -47,8 +47,7 @@ def hybrid(layout="asas", window=5, d_model=16, vocab_size=3, dtype="float64", *
 
 
 def sequences(B=2, windows=3, window=5, rest=3, scored=2):
-    """Random tokens and targets: `windows` full windows unscored, then a short one with `scored`
-    targets."""
+    """Random tokens and targets: full windows unscored, then a short one, its end scored."""
     T = windows * window + rest
     tokens = torch.randint(3, (B, T))
     targets = torch.full((B, T), IGNORE)
@@ -71,8 +70,7 @@ def literal_delta_rule(q, k, v, log_alpha, beta, S, delta=True):
 
 
 def literal_rotary(x, position):
-    """x (..., size) as size/2 complex numbers, each turned by its own frequency times the
-    position."""
+    """x (..., size) as size/2 complex numbers, each turned by frequency times position."""
     half = x.shape[-1] // 2
     z = torch.complex(x[..., :half], x[..., half:])
     frequency = torch.tensor([ROPE_BASE ** (-i / half) for i in range(half)], dtype=x.dtype)
@@ -205,8 +203,7 @@ def test_delta_rule_equals_token_loop(L, delta, collinear):
 
 
 def test_delta_rule_in_float32_with_collinear_keys():
-    """Guards the training precision: powers of the triangular matrix reach 1e11 here, substitution
-    does not."""
+    """Guards the training precision: powers of the matrix reach 1e11 here, substitution not."""
     inputs = [x.detach() for x in delta_rule_inputs(75, torch.float32, collinear=True)]
     for a, b in zip(gated_delta_rule(*inputs), literal_delta_rule(*(x.double() for x in inputs))):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
@@ -216,8 +213,7 @@ def test_delta_rule_in_float32_with_collinear_keys():
 
 @pytest.mark.parametrize("L", [1, 7, 24])
 def test_attention_equals_eq2(L):
-    """Guards Eq. (2): mask off by one, wrong scale, wrong rotation. Only relative positions may
-    matter."""
+    """Guards Eq. (2): mask off by one, wrong scale, rotation by absolute positions."""
     inputs = [torch.randn(2, 3, L, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     o, _ = attention(*inputs)
     cotangent = torch.randn_like(o)
@@ -264,8 +260,7 @@ def test_algorithm1_equals_its_words(layout, loops, variant):
 
 
 def test_one_loop_is_the_plain_hybrid():
-    """Guards "N = 1 is no special case": awake passes over every window give the same logits,
-    bitwise."""
+    """Guards "N = 1 is no special case": awake passes give the same logits, bitwise."""
     model, (tokens, targets) = hybrid(), sequences()
     memory = model.empty_memory(len(tokens))
     for window in tokens.split(5, dim=1):
@@ -304,8 +299,7 @@ def test_stream_equals_algorithm1(loops, loop_blocks, eviction, rule):
 
 
 def test_one_loop_repeats_the_provisional_state():
-    """Guards "the S read awake is provisional; for N = 1 sleep computes it again" (and not for N =
-    2)."""
+    """Guards "the S read awake is provisional; for N = 1 sleep computes it again"."""
     model, window = hybrid(), torch.randint(3, (2, 5))
     start = memory = model.empty_memory(2)
     for token in window.T:
@@ -370,8 +364,7 @@ def test_stream_memory_is_bounded():
 # -------------------------------------------------------------------------- 5. the information path
 
 def test_only_S_crosses_the_boundary():
-    """Guards the claim itself: evicted tokens reach the future through S, and through nothing
-    else."""
+    """Guards the claim itself: evicted tokens reach the future through S only."""
     model, window = hybrid(), torch.randint(3, (2, 5))
     query = torch.randint(3, (2, 2))
     first, second = (evict(sleep(model, tokens, model.empty_memory(2), 2))
@@ -383,8 +376,7 @@ def test_only_S_crosses_the_boundary():
 
 
 def test_gradients_reach_sleep_through_S_only():
-    """Guards backpropagation through everything: attached it reaches the window, detached it does
-    not."""
+    """Guards backpropagation: attached, it reaches the window; detached, it does not."""
     model, window, query = hybrid(), torch.randint(3, (1, 5)), torch.tensor([[2]])
     for attached in (True, False):
         embedded = []
@@ -400,8 +392,7 @@ def test_gradients_reach_sleep_through_S_only():
 
 
 def test_every_pass_contributes_its_gradient():
-    """Guards a detach between passes: the derivative in each pass's own direction, by finite
-    differences."""
+    """Guards a detach between passes: a derivative for each pass, by finite differences."""
     model, window, query = hybrid(), torch.randint(3, (1, 5)), torch.tensor([[2]])
     directions = torch.randn(3, 1, 5, 16, dtype=torch.float64)
 
@@ -464,8 +455,7 @@ def test_rule110_equals_double_loop(rule, cells):
 
 
 def test_rule110_by_hand():
-    """Guards the definition: neighbourhoods 111 110 101 100 011 010 001 000 give 0 1 1 0 1 1 1
-    0."""
+    """Guards the definition: 111 110 101 100 011 010 001 000 give 0 1 1 0 1 1 1 0."""
     state = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0])
     assert rule110(state, 1).tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
     assert rule110(state, 2).tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
@@ -475,8 +465,7 @@ def test_rule110_by_hand():
 
 @pytest.mark.parametrize("automaton", [110, 30])
 def test_batch_layout_and_labels(automaton):
-    """Guards the labels: an answer of another state, answers shifted by one, an answer among its
-    inputs."""
+    """Guards the labels: of another state, shifted by one, or among their own inputs."""
     task = Rule110(cells=6, states=3, t=5, automaton=automaton)
     tokens, targets = task.batch(50, generator(0, 0))
     assert tokens.shape == targets.shape == (50, task.length)
@@ -502,8 +491,7 @@ def test_small_worlds_have_both_splits(cells):
 
 
 def test_train_and_held_out_states_are_disjoint():
-    """Guards "evaluated on states never trained on"; and the hash keeps about one state in
-    eight."""
+    """Guards "evaluated on states never trained on"; the hash keeps about one in eight."""
     task = Rule110(cells=8, states=2, t=3)
     seen = {split: {tuple(state) for state in
                     task.batch(4000, generator(0, 0), split)[0][:, :16].reshape(-1, 8).tolist()}
@@ -524,8 +512,7 @@ def test_floor_equals_counting(cells, t, rule):
 
 
 def test_floor_of_the_paper():
-    """Guards the numbers quoted beside the paper's: t = 4, 8, 12, 16, 32 at 24 cells and 4
-    states."""
+    """Guards the numbers beside the paper's: t = 4, 8, 12, 16, 32, 24 cells, 4 states."""
     floors = [f"{Rule110(24, 4, t).floor():.2%}" for t in (4, 8, 12, 16, 32)]
     assert floors == ["8.20%", "8.54%", "8.72%", "9.55%", "9.95%"]
 
@@ -788,8 +775,7 @@ def test_depo_floor_equals_counting(questions, level):
 
 
 def test_gsm_floor_equals_counting():
-    """Guards the floor: shares of the answers, enumerated for up to three statements, counted for
-    more."""
+    """Guards the floor: shares of the answers, enumerated up to three statements."""
     p, ops = 5, "+-*"
     constants, exact = range(1, p), [Counter() for _ in range(3)]
 
@@ -870,8 +856,7 @@ def test_show_aligns_tokens_and_targets(name):
 # ------------------------------------------------------------------------------------ 8. optimizers
 
 def test_every_parameter_is_in_one_group():
-    """Guards training by halves: a parameter without optimizer, with two, or a gate given to Muon's
-    norm."""
+    """Guards training by halves: a parameter without optimizer, with two, or in the wrong."""
     model = hybrid()
     optimizers = train.make_optimizers(model, 1e-3, 1e-3)
     ids = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
@@ -883,8 +868,7 @@ def test_every_parameter_is_in_one_group():
 
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
 def test_muon_equals_torch_muon(shape):
-    """Guards the update: momentum, Nesterov, coefficients, scale. torch's rounds to bfloat16: 2 %
-    in norm."""
+    """Guards momentum, Nesterov, coefficients, scale; torch's rounds to bfloat16, 2 %."""
     ours = torch.nn.Parameter(torch.randn(3, *shape))
     theirs = [torch.nn.Parameter(x.clone()) for x in ours.data]
     a, b = train.Muon([ours], lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0)
@@ -927,8 +911,7 @@ def same_weights(a, b):
 
 
 def test_same_seed_same_numbers_and_evaluation_disturbs_nothing(tmp_path):
-    """Guards reproducibility: global random state, or an evaluation that draws training's
-    numbers."""
+    """Guards reproducibility: global randomness, an evaluation that draws training's."""
     base = [*TINY, "--steps", "12", "--loops", "2"]
     for name, extra in (("a", ""), ("b", ""), ("often", "--eval_every 1"), ("seed", "--seed 2")):
         assert train.main([*base, *extra.split(), "--out", str(tmp_path / name)]) == 0
@@ -940,8 +923,7 @@ def test_same_seed_same_numbers_and_evaluation_disturbs_nothing(tmp_path):
 
 @pytest.mark.parametrize("loops, stop_after", [(1, 3), (1, 10), (2, 7)])
 def test_resume_is_exact(tmp_path, monkeypatch, capsys, loops, stop_after):
-    """Guards --resume: Ctrl-C after any step, in the first model or the second, then on: bitwise
-    the same."""
+    """Guards --resume: Ctrl-C after any step, in either model, then on: bitwise the same."""
     base = [*TINY, "--steps", "10", "--eval_every", "4", "--loops", "1,2"]
     assert train.main([*base, "--out", str(tmp_path / "whole")]) == 0
     calls, factor = iter(range(1, 100)), train.lr_factor  # called twice a step, for two optimizers
