@@ -844,6 +844,13 @@ def test_generators_differ():
     assert len(set(draws)) == len(draws)
 
 
+@pytest.mark.parametrize("level", [-1, 10_001])
+def test_impossible_steps(level):
+    """Guards a curriculum of Rule 110: a level that would run for ever."""
+    with pytest.raises(ValueError, match=rf"^level {level}: must be from 0 to 10000$"):
+        Rule110().batch(1, generator(0, 0), level=level)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_show_aligns_tokens_and_targets(name):
     """Guards the worked example: aligned columns, one for each token."""
@@ -1037,7 +1044,7 @@ def test_init_goes_on_from_a_trained_model(tmp_path):
     assert more[2]["step"] == 0 and more[2]["loss"] != records[-1]["loss"]
 
 
-def test_inserted_memories_start_as_the_identity(tmp_path):
+def test_inserted_memories_start_as_the_identity(tmp_path, capsys):
     """Guards the Ouro recipe: new blocks change nothing at first, and --train new only them."""
     options = "--loops 2 --window 10 --sleep_at wake"
     looped, records = run_of(tmp_path, "looped", options, "--layout aa")
@@ -1056,6 +1063,9 @@ def test_inserted_memories_start_as_the_identity(tmp_path):
     assert len(both) == 2
     (looped / "N2.pt").unlink()  # a run goes on without the one that it came from
     assert train.main(["--resume", str(grafted)]) == 0
+    (grafted / "N2.pt").unlink()  # but for one that was stopped before its first checkpoint
+    (grafted / "log.jsonl").write_text((grafted / "log.jsonl").read_text().splitlines()[0])
+    assert f"--init {looped}" in refused(capsys, ["--resume", str(grafted)])
 
 
 def test_init_that_does_not_fit(tmp_path, capsys):

@@ -198,6 +198,9 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["mean"] = torch.zeros_like(p, requires_grad=False)
 
     @torch.no_grad()
     def step(self):
@@ -205,7 +208,7 @@ class Muon(torch.optim.Optimizer):
             for shape in sorted({p.shape[1:] for p in group["params"]}):
                 params = [p for p in group["params"] if p.shape[1:] == shape]
                 grads = [p.grad for p in params]
-                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in params]
+                means = [self.state[p]["mean"] for p in params]
                 torch._foreach_lerp_(means, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov
                 update = orthogonalize(torch.cat(ahead)).to(params[0].dtype)
@@ -330,10 +333,18 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
     return header
 
 
+class Halt(Exception):
+    """Ends the run with one line on stderr and an exit code."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
 def initialize(model: Hybrid, options: dict) -> list[str] | None:
     """Weights from the checkpoint of --init -> names of the parameters that it lacks.
 
-    It may lack m blocks: they keep their start, the identity. Raises ValueError if it does not fit.
+    It may lack m blocks: they keep their start, the identity. Raises Halt if it does not fit.
     """
     if options["init"] is None:
         return None
@@ -352,10 +363,10 @@ def initialize(model: Hybrid, options: dict) -> list[str] | None:
                 or any(saved["config"][name] != options[name] for name in ("task", "n_head"))):
             raise ValueError
     except UNREADABLE:
-        raise ValueError(f"init {options['init']}: must be a checkpoint or a folder with one, "
-                         "of the same task, width, heads and layout, m blocks aside") from None
+        raise Halt(2, f"error: --init {options['init']}: must be a checkpoint, or a folder with "
+                      "one, of the same task, width, heads and layout, m blocks aside") from None
     if options["train"] == "new" and not fresh:
-        raise ValueError(f"train new: must come with m blocks in the layout that {path} lacks")
+        raise Halt(2, f"error: --train new: must come with m blocks in --layout that {path} lacks")
     return fresh
 
 
@@ -438,14 +449,6 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
 
 
 # ----------------------------------------------------------------------------------------- training
-
-class Halt(Exception):
-    """Ends the run with one line on stderr and an exit code."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(message)
-        self.code = code
-
 
 def read(path: Path, header: dict, loops: int) -> dict:
     """A checkpoint of this run. Raises Halt if it is damaged or of another run."""
@@ -611,9 +614,7 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
 
 def print_facts(options: argparse.Namespace, folder: Path, header: dict):
     task, model = build(vars(options))
-    config, total = model.config, sum(p.numel() for p in model.parameters())
-    muon, adam = (sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-                  for optimizer in make_optimizers(model, options.muon_lr, options.lr))
+    config, parameters = model.config, sum(p.numel() for p in model.parameters())
     why = {("cpu", "float32"): "bfloat16 is slow there", ("cuda", "bfloat16"): "for tensor cores"}
     why = why.get((options.device, options.dtype), "as asked")
     windows, levels = windows_of(task, config.window), levels_of(task, options)
@@ -621,7 +622,7 @@ def print_facts(options: argparse.Namespace, folder: Path, header: dict):
     print(f"task    {task.title()}\n"
           f"        always the same answer is {floor:.2%} exact: the floor\n"
           f"model   {config.layout}, d = {config.d_model}, {config.n_head} heads, "
-          f"L = {config.window}: {total:,} parameters ({muon:,} by Muon, {adam:,} by AdamW)\n"
+          f"L = {config.window}: {parameters:,} parameters\n"
           f"run     N = {', '.join(map(str, options.loops))}, seed {options.seed}, "
           f"{options.steps:,} steps of {options.batch} x {task.length} = "
           f"{options.batch * task.length:,} tokens\n"
