@@ -1,17 +1,26 @@
 """The hybrid: attention blocks with a short-term cache, SSM blocks with fast weights S.
 
 The letters are explained at the top of sleep.py. The mathematics stands in two plain functions of
-tensors, `attention` and `gated_delta_rule`; the modules around them only hold weights.
+tensors, `attention` and `gated_delta_rule`; the modules around them only hold weights. What stands
+below the last line across the page is for speed on a GPU and may be skipped.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cache as remember
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleep import Cache, Memory, Tail
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for CPUs comes without Triton, and needs none
+    triton, tl = None, SimpleNamespace(constexpr=int)
 
 # Rotary wavelengths are 2 pi ROPE_BASE^(i / pairs) tokens, i = 0, 1, ... Within a window of 24 the
 # usual 10,000 would leave most pairs of coordinates unrotated; 100 lets them tell positions.
@@ -33,6 +42,7 @@ class Config:
     carry: str = "h"             # a pass starts from the last one's h, or again from the first's
     carry_S: bool = True         # ... and from its S, or again from the S at the window's start
     sleep_at: str = "sleep"      # where the N passes are spent: asleep, or awake in scored windows
+    recompute: bool = False      # make activations again in the backward pass: memory for time
     rule: str = "gdn"            # gdn, delta (no decay), mamba2 (Eq. 3 as printed: no delta rule)
 
     def __post_init__(self):
@@ -66,11 +76,17 @@ class Config:
 
 # -------------------------------------------------------------------------- the two sequence mixers
 
-def rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
-    """cos and sin, each (length, size / 2), of the rotary angles at positions 0, 1, ..."""
+@remember
+def _rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
     frequency = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=dtype, device=device) / size)
     angle = torch.arange(length, dtype=dtype, device=device)[:, None] * frequency
     return angle.cos(), angle.sin()
+
+
+@torch.compiler.assume_constant_result
+def rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
+    """cos and sin, each (length, size / 2), of the rotary angles at positions 0, 1, ..."""
+    return _rotation(length, size, dtype, device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -96,8 +112,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None,
     visible = torch.ones(L, C, dtype=torch.bool, device=q.device).tril(C - L)
     if span is not None and C > span:
         visible = visible.triu(C - L - span + 1)
-    o = F.scaled_dot_product_attention(q, turned, v, attn_mask=visible)   # Eq. (2)
-    return o, Cache(k, v)
+    scores = (q @ turned.mT / math.sqrt(q.shape[3])).masked_fill(~visible, -math.inf)
+    return scores.softmax(-1) @ v, Cache(k, v)                            # Eq. (2)
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
@@ -130,11 +146,62 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: T
     return o, S
 
 
+PIECE = 32  # tokens that go through the rule at once
+
+
+def fused(x: Tensor, K: int) -> bool:
+    """Whether the kernels at the end of this file can take x, with heads of size K."""
+    return bool(triton) and x.is_cuda and x.dtype == torch.bfloat16 and K in (16, 32, 64)
+
+
+def prepare(x: Tensor, w: Tensor, n_head: int) -> Tensor:
+    """What stands before the delta rule: a causal depthwise convolution, SiLU, unit q and k.
+
+    x (B, L, 3 d), w (4, 3 d) -> q, k, v (B, L, 3, H, K). Written as shifted products: faster than
+    conv1d at these sizes.
+    """
+    shape = *x.shape[:2], 3, n_head, x.shape[2] // n_head // 3
+    if fused(x, shape[4]):
+        return fused_prepare(x, w, n_head).view(shape)
+    L, w, x = x.shape[1], w.to(x.dtype), F.pad(x, (0, 0, 3, 0))
+    y = x[:, 3:] * w[3]
+    for i in range(3):
+        y = torch.addcmul(y, x[:, i:i + L], w[i])
+    q, k, v = F.silu(y).view(shape).unbind(2)
+    return torch.stack([unit(q), unit(k), v], dim=2)
+
+
+def read_and_write(qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor, delta: bool = True):
+    """`gated_delta_rule` in the layers' layout.
+
+    qkv (B, L, 3, H, K), log_alpha, beta (B, L, H), S (B, H, V, K) -> o (B, L, H, V) and the S after
+    the window. A long window goes in pieces, which changes nothing.
+    """
+    pieces = -(-qkv.shape[1] // PIECE)
+    if pieces > 1:
+        outputs = []
+        for piece in zip(*(x.split(-(-x.shape[1] // pieces), 1) for x in (qkv, log_alpha, beta))):
+            o, S = read_and_write(*piece, S, delta)
+            outputs.append(o)
+        return torch.cat(outputs, dim=1), S
+    if delta and fused(qkv, qkv.shape[4]):
+        o, S, _ = fused_rule(qkv, log_alpha, beta, S)
+        return o, S
+    q, k, v = (x.to(S.dtype).transpose(1, 2).contiguous() for x in qkv.unbind(2))  # (B, H, L, K)
+    o, S = gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, S, delta)
+    return o.transpose(1, 2).to(qkv.dtype), S
+
+
 # ------------------------------------------------------------------------------------------ modules
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without a weight: the matrix that follows can hold it."""
     return F.rms_norm(x, x.shape[-1:])
+
+
+def unit(x: Tensor) -> Tensor:
+    """x over its length, along the last axis."""
+    return norm(x) / math.sqrt(x.shape[-1])
 
 
 class Matrices(nn.Module):
@@ -149,7 +216,12 @@ class Matrices(nn.Module):
         self.weight = nn.Parameter(torch.randn(n, d_out, d_in) / math.sqrt(d_in))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(0, 1).to(x.dtype))
+        return together(x, self)
+
+
+def together(x: Tensor, *maps: Matrices) -> Tensor:
+    """Several maps of one x as one product: what each gives, one behind the other."""
+    return F.linear(x, torch.cat([m.weight.flatten(0, 1) for m in maps]).to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -162,32 +234,32 @@ class Attention(nn.Module):
         self.qkv = Matrices(config.d_model, config.d_model, 3)
         self.out = Matrices(config.d_model, config.d_model)
 
-    def forward(self, x: Tensor, cache: Cache | None, S: None):
+    def forward(self, x: Tensor, cache: Cache | None, S: None, need_cache: bool = True):
         B, L, d = x.shape
         heads = self.qkv(x).view(B, L, 3, self.n_head, -1)  # Eq. (1)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)              # each (B, H, L, K)
+        q, k, v = (x.transpose(1, 2) for x in heads.unbind(2))  # each (B, H, L, K)
         o, cache = attention(norm(q), norm(k), v, cache, self.span)  # Choice: normed q and k
-        return self.out(o.transpose(1, 2).reshape(B, L, d)), cache, S
+        return self.out(o.transpose(1, 2).reshape(B, L, d)), cache if need_cache else None, S
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution over 4 tokens and SiLU: x (B, L, channels), tail -> y, new tail.
+    """`prepare` with a memory: x (B, L, 3 d), tail -> q, k, v (B, L, 3, H, K), the new tail.
 
-    Written as four shifted products: faster than conv1d at these sizes. The tail, the 3 inputs
-    before these, is short-term memory: like keys and values it is evicted after the window and made
-    anew in each pass asleep.
+    The tail, the 3 inputs before these, is short-term memory: like keys and values it is evicted
+    after the window and made anew in each pass asleep.
     """
-    SIZE = 4
 
-    def __init__(self, channels: int):
+    def __init__(self, config: Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(self.SIZE, channels).uniform_(-0.5, 0.5))
+        self.n_head = config.n_head
+        self.weight = nn.Parameter(torch.empty(4, 3 * config.d_model).uniform_(-0.5, 0.5))
 
     def forward(self, x: Tensor, tail: Tail | None) -> tuple[Tensor, Tail]:
-        before = x.new_zeros(len(x), self.SIZE - 1, x.shape[2]) if tail is None else tail.x
-        x, L = torch.cat([before, x], dim=1), x.shape[1]
-        y = sum(x[:, i:i + L] * w for i, w in enumerate(self.weight.to(x.dtype)))
-        return F.silu(y), Tail(x[:, L:])
+        L = x.shape[1]
+        x = x if tail is None else torch.cat([tail.x, x], dim=1)
+        qkv, tail = prepare(x, self.weight, self.n_head), x[:, -3:]
+        tail = Tail(F.pad(tail, (0, 0, 3 - tail.shape[1], 0)).clone())
+        return (qkv if x.shape[1] == L else qkv[:, -L:]), tail
 
 
 class GatedDeltaNet(nn.Module):
@@ -196,8 +268,9 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         d, self.n_head, self.rule = config.d_model, config.n_head, config.rule
-        self.qkvg = Matrices(d, d, 4)
-        self.conv = ShortConv(3 * d)  # Choice: short convolution
+        self.qkv = Matrices(d, d, 3)
+        self.gate = Matrices(d, d)
+        self.conv = ShortConv(config)  # Choice: short convolution
         self.ab = Matrices(d, self.n_head, 2)
         self.out = Matrices(d, d)
         # GDN's start values: alpha = exp(-A dt), A uniform in (0.01, 16), dt log-uniform in
@@ -207,20 +280,16 @@ class GatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(A.log())
         self.dt_bias = nn.Parameter(dt.expm1().log())  # softplus(dt_bias) = dt
 
-    def forward(self, x: Tensor, cache: Tail | None, S: Tensor):
+    def forward(self, x: Tensor, cache: Tail | None, S: Tensor, need_cache: bool = True):
         B, L, d = x.shape
-        qkv, gate = self.qkvg(x).split([3 * d, d], dim=-1)
-        qkv, cache = self.conv(qkv, cache)
-        q, k, v = qkv.view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)           # (B, H, L, K)
-        gate = gate.view(B, L, self.n_head, -1).transpose(1, 2)
-        a, b = self.ab(x).view(B, L, 2, self.n_head).permute(2, 0, 3, 1).to(S.dtype)  # (B, H, L)
-        log_alpha = -self.A_log.exp()[:, None] * F.softplus(a + self.dt_bias[:, None])
-        q, k = F.normalize(q.to(S.dtype), dim=-1), F.normalize(k.to(S.dtype), dim=-1)
+        qkv, cache = self.conv(self.qkv(x), cache)
+        gate, ab = together(x, self.gate, self.ab).split([d, 2 * self.n_head], dim=-1)
+        a, b = ab.to(S.dtype).chunk(2, dim=-1)  # (B, L, H)
+        log_alpha = -self.A_log.exp() * F.softplus(a + self.dt_bias)
         log_alpha = torch.zeros_like(log_alpha) if self.rule == "delta" else log_alpha
-        o, S = gated_delta_rule(q, k, v.to(S.dtype), log_alpha, b.sigmoid(), S,
-                                delta=self.rule != "mamba2")
-        o = norm(o).to(x.dtype) * F.silu(gate)
-        return self.out(o.transpose(1, 2).reshape(B, L, d)), cache, S
+        o, S = read_and_write(qkv, log_alpha, b.sigmoid(), S, delta=self.rule != "mamba2")
+        cache = cache if need_cache else None
+        return self.out(norm(o).view(B, L, d) * F.silu(gate)), cache, S
 
 
 class Block(nn.Module):
@@ -240,9 +309,12 @@ class Block(nn.Module):
         else:
             nn.init.zeros_(self.mixer.out.weight)
 
-    def forward(self, h: Tensor, cache: Cache | Tail | None, S: Tensor | None):
-        """h (B, L, d), what the block remembers -> the same after these L tokens."""
-        o, cache, S = self.mixer(norm(h).to(self.dtype), cache, S)
+    def forward(self, h: Tensor, cache: Cache | Tail | None, S: Tensor | None,
+                need_h: bool = True, need_cache: bool = True):
+        """h (B, L, d), what the block remembers -> the same after these L tokens, or None."""
+        o, cache, S = self.mixer(norm(h).to(self.dtype), cache, S, need_cache)
+        if not need_h:
+            return None, cache, S
         h = h + o
         if not self.mlp:
             return h, cache, S
@@ -256,7 +328,7 @@ class Hybrid(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)  # tokens (B, L) -> h (B, L, d)
+        self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.d_model))
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layout)  # Eq. (4), (5)
         self.out = Matrices(config.d_model, config.vocab_size)
         nn.init.zeros_(self.out.weight)  # Choice: start values
@@ -265,17 +337,218 @@ class Hybrid(nn.Module):
         """Nothing cached, S = 0."""
         c, parameter = self.config, self.out.weight
         size = c.d_model // c.n_head  # Differs: V = K
-        S = tuple(None if kind == "a" else parameter.new_zeros(batch_size, c.n_head, size, size)
-                  for kind in c.layout)
+        S = tuple(None if kind == "a" else parameter.new_zeros(
+            batch_size, c.n_head, size, size, requires_grad=torch.is_grad_enabled())
+            for kind in c.layout)
         return Memory((None,) * len(c.layout), S)
 
-    def blocks(self, h: Tensor, memory: Memory, start: int, stop: int) -> tuple[Tensor, Memory]:
-        """One pass over the blocks start to stop - 1: h (B, L, d), memory -> the same after it."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) -> h (B, L, d). A product: the gradient of a lookup would have to sort."""
+        return F.one_hot(tokens, len(self.embedding)).to(self.embedding.dtype) @ self.embedding
+
+    def blocks(self, h: Tensor, memory: Memory, start: int, stop: int, need_h: bool = True,
+               need_cache: bool = True) -> tuple[Tensor | None, Memory]:
+        """One pass over the blocks start to stop - 1: h (B, L, d), memory -> the same after it.
+
+        h and their cache are None where they are not needed.
+        """
         cache, S = list(memory.cache), list(memory.S)
         for i in range(start, stop):
-            h, cache[i], S[i] = self.layers[i](h, cache[i], S[i])
+            h, cache[i], S[i] = self.layers[i](
+                h, cache[i], S[i], need_h or i < stop - 1, need_cache)
         return h, Memory(tuple(cache), tuple(S))
 
     def unembed(self, h: Tensor) -> Tensor:
         """OutProj: h (B, L, d) -> logits (B, L, vocabulary)."""
         return self.out(norm(h))
+
+
+# ------------------------------------------------------------------- GPU kernels, for speed only
+# `prepare` and `read_and_write` once more, letters as there. What plain torch does in some thirty
+# kernels, each of which reads and writes all tokens, is done on chip: about half of a step's time.
+
+jit = triton.jit if triton else lambda function: function
+
+
+@jit
+def channels(w, H, K: tl.constexpr, G: tl.constexpr):
+    head, n = tl.program_id(1) * G + tl.arange(0, G)[:, None], 3 * H * K
+    c = head * K + tl.arange(0, K)
+    return (tl.program_id(0), c, n, head < 2 * H, tl.load(w + c), tl.load(w + n + c),
+            tl.load(w + 2 * n + c), tl.load(w + 3 * n + c))
+
+
+@jit
+def silu_and_scale(x, is_unit, K: tl.constexpr):
+    s = tl.sigmoid(x)
+    u = x * s
+    scale = tl.rsqrt(tl.sum(u * u, 1) + K * 1.1920929e-7)[:, None]  # the eps of norm()
+    return u, s + u * (1 - s), tl.where(is_unit, scale, 1.0)
+
+
+@jit
+def prepare_forward(x, w, y, L, H, stride: tl.constexpr, K: tl.constexpr, G: tl.constexpr):
+    b, c, n, is_unit, w0, w1, w2, w3 = channels(w, H, K, G)
+    x1, x2, x3 = 0 * w1, 0 * w2, 0 * w3  # zeros; Triton 3.6 takes equal ones for one variable
+    for t in range(L):  # a program takes some heads of a sequence, a token after the other
+        x0 = tl.load(x + (b * L + t) * stride + c).to(tl.float32)
+        u, _, scale = silu_and_scale(w3 * x0 + w2 * x1 + w1 * x2 + w0 * x3, is_unit, K)
+        tl.store(y + (b * L + t) * n + c, u * scale)
+        x3, x2, x1 = x2, x1, x0
+
+
+@jit
+def prepare_backward(x, w, dy, dx, dw, L, H, stride: tl.constexpr, K: tl.constexpr,
+                     G: tl.constexpr):
+    b, c, n, is_unit, w0, w1, w2, w3 = channels(w, H, K, G)
+    x += b * L * stride + c
+    x0, x1 = tl.load(x + (L - 1) * stride), tl.load(x + (L - 2) * stride, L > 1, 0.0)
+    x2 = tl.load(x + (L - 3) * stride, L > 2, 0.0)
+    d1, d2, d3, dw0 = 0 * w1, 0 * w2, 0 * w3, 0 * w0
+    dw1, dw2, dw3 = dw0, dw0, dw0
+    for i in range(L):
+        t = L - 1 - i
+        x3 = tl.load(x + (t - 3) * stride, t > 2, 0.0)
+        d0 = tl.load(dy + (b * L + t) * n + c).to(tl.float32)
+        u, slope, scale = silu_and_scale(w3 * x0 + w2 * x1 + w1 * x2 + w0 * x3, is_unit, K)
+        u *= tl.where(is_unit, scale, 0.0)
+        d0 = slope * scale * (d0 - u * tl.sum(u * d0, 1)[:, None])
+        tl.store(dx + (b * L + t) * n + c, w3 * d0 + w2 * d1 + w1 * d2 + w0 * d3)
+        dw0, dw1, dw2, dw3 = dw0 + d0 * x3, dw1 + d0 * x2, dw2 + d0 * x1, dw3 + d0 * x0
+        x0, x1, x2, d3, d2, d1 = x1, x2, x3, d2, d1, d0
+    dw += 4 * b * n + c
+    tl.store(dw, dw0)
+    tl.store(dw + n, dw1)
+    tl.store(dw + 2 * n, dw2)
+    tl.store(dw + 3 * n, dw3)
+
+
+@jit
+def dot(a, b, c=None):
+    return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), c)
+
+
+@jit
+def window(qkv, log_alpha, beta, L, H, C: tl.constexpr, K: tl.constexpr):
+    n, t, x = tl.program_id(0), tl.arange(0, C), tl.arange(0, K)  # a program: a head of a sequence
+    row, column, i = t[:, None], t[None, :], (n // H * L + t) * H + n % H  # C rows, zeros from L on
+    at = ((i - n % H) * 3 + n % H)[:, None] * K + x
+    q, k = tl.load(qkv + at, row < L, 0.0), tl.load(qkv + at + H * K, row < L, 0.0)
+    v = tl.load(qkv + at + 2 * H * K, row < L, 0.0)
+    log_alpha, beta = tl.load(log_alpha + i, t < L, 0.0), tl.load(beta + i, t < L, 0.0)[:, None]
+    g, end = tl.cumsum(log_alpha, 0)[:, None], tl.sum(log_alpha, 0)
+    D = tl.exp(tl.where(row >= column, g - tl.trans(g), -float("inf")))
+    return (t, row, column, i, at, i[:, None] * K + x, i[:, None] * C + column,
+            n * K * K + x[:, None] * K + x, q, k, v, beta, D, tl.exp(g), tl.exp(end),
+            tl.exp(end - g))
+
+
+@jit
+def rule_forward(qkv, log_alpha, beta, S, o, after, inverse, L, H,
+                 C: tl.constexpr, K: tl.constexpr):
+    _, row, column, _, _, LV, CC, VK, q, k, v, beta, D, gamma, end, to_end = window(
+        qkv, log_alpha, beta, L, H, C, K)
+    A = tl.where(row > column, beta * dot(k, tl.trans(k)) * D, 0.0)
+    T = tl.where(row == column, 1.0, 0.0) - tl.where(row ^ column == 1, A, 0.0)
+    for e in tl.static_range(1, 5):  # T: I + A inverted in blocks of 2^e, here of the next size, by
+        corner = tl.where((row ^ column) >> e == 1, A, 0.0)  # block substitution: no powers of A
+        T -= tl.dot(tl.dot(T, corner), T)
+    tl.store(inverse + CC, T, row < L)
+    was = tl.load(S + VK).to(tl.bfloat16)
+    U = dot(T, beta * (v - gamma * dot(k, tl.trans(was))))
+    tl.store(o + LV, dot(dot(q, tl.trans(k)) * D, U, gamma * dot(q, tl.trans(was))), row < L)
+    tl.store(after + VK, dot(tl.trans(to_end * U), k, end * tl.load(S + VK)))
+
+
+@jit
+def rule_backward(qkv, log_alpha, beta, S, inverse, do, dafter, dqkv, dlog_alpha, dbeta, dS, L, H,
+                  C: tl.constexpr, K: tl.constexpr):
+    t, row, column, i, at, LV, CC, VK, q, k, v, beta, D, gamma, end, to_end = window(
+        qkv, log_alpha, beta, L, H, C, K)
+    S, T, da = tl.load(S + VK), tl.load(inverse + CC, row < L, 0.0), tl.load(dafter + VK)
+    last = end * tl.sum(S * da)  # last: gradient of end's exponent
+    S, da, do = S.to(tl.bfloat16), da.to(tl.bfloat16), tl.load(do + LV, row < L, 0.0)
+    miss, QKD = v - gamma * dot(k, tl.trans(S)), dot(q, tl.trans(k)) * D
+    U = dot(T, beta * miss).to(tl.bfloat16)  # U = T R
+    dR = dot(tl.trans(T), dot(tl.trans(QKD), do, to_end * dot(k, tl.trans(da))))
+    tl.store(dqkv + at + 2 * H * K, beta * dR, row < L)
+    dP, dA = dot(do, tl.trans(U)), tl.where(row > column, -dot(dR, tl.trans(U)) * D, 0.0)
+    A = dA * dot(k, tl.trans(k))
+    tl.store(dbeta + i, tl.sum(dR * miss, 1) + tl.sum(A, 1), t < L)
+    dA, dg, dP = beta * dA, QKD * dP + beta * A, dP * D
+    dq, kept = gamma * dot(do, S), to_end * dot(U, da)
+    dk = kept - beta * gamma * dot(dR, S)
+    dg = tl.sum(dg, 1) - tl.sum(dg, 0) + tl.sum(dq * q - (2 * kept - dk) * k, 1)
+    tl.store(dlog_alpha + i, tl.cumsum(dg, 0, reverse=True) + last + tl.sum(kept * k), t < L)
+    tl.store(dqkv + at, dot(dP, k, dq), row < L)
+    dk = dot(tl.trans(dP), q, dot(dA + tl.trans(dA), k, dk))
+    tl.store(dqkv + at + H * K, dk, row < L)
+    dS_q = dot(tl.trans(gamma * do), q, end * tl.load(dafter + VK))
+    tl.store(dS + VK, dot(tl.trans(-beta * gamma * dR), k, dS_q))
+
+
+def evenly(x: Tensor) -> Tensor:
+    """x (B, L, n), copied only if it is no slice of something contiguous."""
+    return x if x.stride() == (x.shape[1] * x.stride(1), x.stride(1), 1) else x.contiguous()
+
+
+@torch.library.custom_op("sleep::fused_prepare", mutates_args=())
+def fused_prepare(x: Tensor, w: Tensor, n_head: int) -> Tensor:
+    x, (B, L, n), G = evenly(x), x.shape, math.gcd(n_head, 4)
+    y = x.new_empty(B, L, n)
+    prepare_forward[B, 3 * n_head // G](x, w, y, L, n_head, x.stride(1), n // n_head // 3, G,
+                                        num_warps=1)
+    return y
+
+
+@torch.library.custom_op("sleep::fused_prepare_backward", mutates_args=())
+def fused_prepare_backward(x: Tensor, w: Tensor, n_head: int, dy: Tensor) -> tuple[Tensor, Tensor]:
+    x, dy, (B, L, n), G = evenly(x), dy.contiguous(), x.shape, math.gcd(n_head, 4)
+    dx, dw = x.new_empty(B, L, n), w.new_empty(B, 4, n)
+    prepare_backward[B, 3 * n_head // G](x, w, dy, dx, dw, L, n_head, x.stride(1),
+                                         n // n_head // 3, G, num_warps=1)
+    return dx, dw
+
+
+@torch.library.custom_op("sleep::fused_rule", mutates_args=())
+def fused_rule(qkv: Tensor, log_alpha: Tensor, beta: Tensor,
+               S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    qkv, log_alpha, beta, S = (x.contiguous() for x in (qkv, log_alpha, beta, S))
+    (B, L, _, H, K), outputs = qkv.shape, rule_outputs(qkv, log_alpha, beta, S)
+    rule_forward[B * H,](qkv, log_alpha, beta, S, *outputs, L, H, outputs[2].shape[3], K,
+                         num_warps=2)
+    return outputs
+
+
+@torch.library.custom_op("sleep::fused_rule_backward", mutates_args=())
+def fused_rule_backward(qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor, inverse: Tensor,
+                        do: Tensor, dafter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = [x.contiguous() for x in (qkv, log_alpha, beta, S, inverse, do, dafter)]
+    (B, L, _, H, K), gradients = qkv.shape, tuple(map(torch.empty_like, inputs[:4]))
+    rule_backward[B * H,](*inputs, *gradients, L, H, inverse.shape[3], K, num_warps=4)
+    return gradients
+
+
+def rule_outputs(qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
+    B, L, _, H, K = qkv.shape
+    return (qkv.new_empty(B, L, H, K), S.new_empty(S.shape),
+            qkv.new_empty(B, L, H, 16 if L <= 16 else 32))
+
+
+fused_prepare.register_fake(lambda x, w, n_head: x.new_empty(x.shape))
+fused_prepare_backward.register_fake(
+    lambda x, w, n_head, dy: (x.new_empty(x.shape), w.new_empty(len(x), *w.shape)))
+
+
+def prepare_gradients(ctx, dy: Tensor):
+    dx, dw = fused_prepare_backward(*ctx.saved_tensors, ctx.n_head, dy)
+    return dx, dw.sum(0), None
+
+
+fused_prepare.register_autograd(prepare_gradients, setup_context=lambda ctx, inputs, output: (
+    ctx.save_for_backward(*inputs[:2]), setattr(ctx, "n_head", inputs[2])))
+fused_rule.register_fake(rule_outputs)
+fused_rule_backward.register_fake(lambda *x: tuple(y.new_empty(y.shape) for y in x[:4]))
+fused_rule.register_autograd(
+    lambda ctx, do, dafter, _: fused_rule_backward(*ctx.saved_tensors, do, dafter),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[2]))

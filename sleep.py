@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class Cache(NamedTuple):
@@ -44,22 +45,41 @@ class Memory(NamedTuple):
                 "S": sum(S.nbytes for S in self.S if S is not None)}
 
 
-def passes(model, tokens: Tensor, memory: Memory, loops: int) -> tuple[Tensor, Memory]:
+def passes(model, tokens: Tensor, memory: Memory, loops: int,
+           asleep: bool = False) -> tuple[Tensor | None, Memory]:
     """`loops` passes over one window: tokens (B, L) -> h (B, L, d) and the memory after the last.
 
     memory is what held when the window began. h and S go on from pass to pass; keys and values are
     made anew in each, beside those kept from earlier windows. Only the blocks i to j - 1 of
-    loop_blocks are looped, those before and after run once. Raises ValueError if loops < 1.
+    loop_blocks are looped, those before and after run once. Nothing is computed that nobody needs:
+    the cache of a pass before the last and, asleep, the last h and a cache about to be evicted are
+    None. Raises ValueError if loops < 1.
     """
     if loops < 1:
         raise ValueError(f"loops {loops}: must be at least 1")
     c, (i, j) = model.config, model.config.loop_blocks
-    first, begun = h, after = model.blocks(model.embed(tokens), memory, 0, i)
-    for _ in range(loops):
+    need_cache = not asleep or c.keep != 0
+    first, begun = h, after = model.blocks(model.embed(tokens), memory, 0, i, True, need_cache)
+
+    def one_pass(h: Tensor, after: Memory, last: bool) -> tuple[Tensor | None, Memory]:
         h = h if c.carry == "h" else first
         S = after.S if c.carry_S else begun.S
-        h, after = model.blocks(h, Memory(begun.cache, S), i, j)  # Eq. (6)
-    return model.blocks(h, after, j, len(c.layout))
+        if not last:
+            return model.blocks(h, Memory(begun.cache, S), i, j, True, False)  # Eq. (6)
+        return model.blocks(h, Memory(begun.cache, S), i, len(c.layout), not asleep, need_cache)
+
+    for n in range(1, loops + 1):
+        h, after = recomputed(model, one_pass, h, after, n == loops)
+    return h, after
+
+
+def recomputed(model, function, *inputs):
+    """function(*inputs), with config.recompute without its activations: they are made again in the
+    backward pass. Each sleep is, and in it each pass: memory for one pass and the S between them.
+    """
+    if not model.config.recompute or not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def wake(model, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple[Tensor, Memory]:
@@ -79,7 +99,8 @@ def sleep(model, tokens: Tensor, memory: Memory, loops: int) -> Memory:
     h is dropped, so that S (and what `evict` keeps of the cache) is the only road from this window
     to the future, and for gradients back into it.
     """
-    return passes(model, tokens, memory, loops)[1]  # Choice: start of sleep
+    begun = memory  # Choice: start of sleep
+    return recomputed(model, passes, model, tokens, begun, loops, True)[1]
 
 
 def evict(memory: Memory, keep: int | None = 0) -> Memory:

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 import train
 from data import (GSM, IGNORE, TASKS, Depo, Rule110, generator, in_held_out, p_answers, p_drawn,
                   p_one, rule110)
-from model import ROPE_BASE, Config, GatedDeltaNet, Hybrid, attention, gated_delta_rule
+from model import (ROPE_BASE, Config, GatedDeltaNet, Hybrid, attention, gated_delta_rule, prepare,
+                   read_and_write)
 from sleep import Memory, Stream, algorithm1, cut, evict, sleep, wake
 
 HERE = Path(__file__).parent
@@ -128,10 +129,10 @@ def literal_blocks(model, h, S, past, start=0, stop=None):
             q, k, v = (heads(x, W) for W in mixer.qkv.weight)  # Eq. (1)
             o = literal_attention(literal_norm(q), *behind(i, literal_norm(k), v), span=span)
         else:
-            inputs = behind(i, *(x @ W.T for W in mixer.qkvg.weight[:3]))
+            inputs = behind(i, *(x @ W.T for W in mixer.qkv.weight))
             q, k, v = (heads(literal_conv(y, w)[:, -x.shape[1]:], torch.eye(x.shape[-1]).to(x))
                        for y, w in zip(inputs, mixer.conv.weight.chunk(3, dim=1)))
-            gate = heads(x, mixer.qkvg.weight[3])
+            gate = heads(x, mixer.gate.weight[0])
             a, b = ((x @ W.T).transpose(1, 2) for W in mixer.ab.weight)
             dt = torch.log(1 + torch.exp(a + mixer.dt_bias[:, None]))
             q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
@@ -156,7 +157,7 @@ def literal_algorithm1(model, tokens, targets, loops):
         window, scored = tokens[:, :L], targets[:, :L]
         tokens, targets = tokens[:, L:], targets[:, L:]
         consolidation = (scored == IGNORE).all()
-        embedded, S, new_past = literal_blocks(model, model.embed.weight[window], S, past, 0, i)
+        embedded, S, new_past = literal_blocks(model, model.embedding[window], S, past, 0, i)
         h, S_before = embedded, S
         for n in range(loops if consolidation == (c.sleep_at == "sleep") else 1):
             if c.carry == "embed":
@@ -329,13 +330,13 @@ def test_stream_refuses_passes_awake():
 def test_sliding_cache_is_bounded(monkeypatch):
     """Guards the sliding window's memory: at most L keys in a cache, L - 1 between tokens."""
     model, sizes, seen = hybrid(eviction="sliding"), [], {1: [], 5: []}
-    original = F.scaled_dot_product_attention
 
-    def watched(q, k, v, **rest):
-        seen[q.shape[2]].append(k.shape[2])
-        return original(q, k, v, **rest)
+    def watched(q, k, v, *rest):
+        o, cache = attention(q, k, v, *rest)
+        seen[q.shape[2]].append(cache.k.shape[2])
+        return o, cache
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr("model.attention", watched)
     stream = Stream(model, loops=1)
     for token in torch.zeros(23, 1, dtype=torch.long):
         stream.feed(token)
@@ -379,13 +380,12 @@ def test_gradients_reach_sleep_through_S_only():
     """Guards backpropagation: attached, it reaches the window; detached, it does not."""
     model, window, query = hybrid(), torch.randint(3, (1, 5)), torch.tensor([[2]])
     for attached in (True, False):
-        embedded = []
-        forget = model.embed.register_forward_hook(lambda *hook: embedded.append(hook[2]))
+        embedded, embed = [], Hybrid.embed
+        model.embed = lambda tokens: embedded.append(embed(model, tokens)) or embedded[-1]
         memory = evict(sleep(model, window, model.empty_memory(1), 2))
         if not attached:
             memory = Memory(memory.cache, tuple(S if S is None else S.detach() for S in memory.S))
         logits, _ = wake(model, query, memory)
-        forget.remove()
         embedded[0].retain_grad()
         logits.sum().backward()
         assert (embedded[0].grad is not None and embedded[0].grad.abs().max() > 0) == attached
@@ -400,8 +400,8 @@ def test_every_pass_contributes_its_gradient():
         memory = model.empty_memory(1)
         original = model.blocks
         displacements = iter([*(shift[:, None, None, None] * directions), 0])
-        model.blocks = lambda h, memory, i, j: original(
-            h + next(displacements) if i < j else h, memory, i, j)
+        model.blocks = lambda h, memory, i, j, *needed: original(
+            h + next(displacements) if i < j else h, memory, i, j, *needed)
         try:
             return wake(model, query, evict(sleep(model, window, memory, 3)))[0][0, 0, 0]
         finally:
@@ -869,7 +869,7 @@ def test_every_parameter_is_in_one_group():
     ids = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
     assert sorted(sum(ids, [])) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[i].split(".")[-1] for i in ids[1]} == {"weight", "A_log", "dt_bias"}
+    assert {names[i].split(".")[-1] for i in ids[1]} == {"embedding", "weight", "A_log", "dt_bias"}
     assert all(group["weight_decay"] == 0 for group in optimizers[1].param_groups)
 
 
@@ -895,7 +895,7 @@ def test_start_values_survive_construction():
     model = Hybrid(Config(3, 24, "s", d_model=512, n_head=128))
     layer = model.layers[0].mixer
     assert isinstance(layer, GatedDeltaNet)
-    assert 0.9 < model.embed.weight.std() < 1.1 and not model.out.weight.any()
+    assert 0.9 < model.embedding.std() < 1.1 and not model.out.weight.any()
     A, dt = layer.A_log.exp(), F.softplus(layer.dt_bias)
     assert 0.01 <= A.min() < 1 < 15 < A.max() <= 16
     assert 1e-3 * 0.999 <= dt.min() < 2e-3 and 5e-2 < dt.max() <= 1e-1 * 1.001
@@ -1105,6 +1105,201 @@ def test_evaluation_with_other_loops_and_by_level(tmp_path):
     assert record["step"] == 0 and set(record["levels"]) == {"1", "2"}
     assert record["exact"] == pytest.approx(
         sum(scores["exact"] for scores in record["levels"].values()) / 2)
+
+
+# ------------------------------------------------------------------------------- 9a. speed, memory
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def held_for_backward(function):
+    """function() and the bytes that autograd holds for its backward pass."""
+    held = {}
+
+    def pack(x):
+        held[x.data_ptr()] = x.nbytes
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = function()
+    return result, sum(held.values())
+
+
+@pytest.mark.parametrize("variant", [{}, {"eviction": "sliding"}, {"loop_blocks": (1, 3)}])
+def test_recompute_changes_memory_only(variant):
+    """Guards --recompute: the same loss and gradients, bitwise, from far fewer activations."""
+    model, (tokens, targets) = hybrid(**variant), sequences()
+    losses, gradients, sizes = [], [], []
+    for model.config.recompute in (False, True):
+        loss, size = held_for_backward(lambda: algorithm1(model, tokens, targets, 8)[0])
+        losses.append(loss)
+        sizes.append(size)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True,
+                                             materialize_grads=True))
+    assert torch.equal(*losses) and all(map(torch.equal, *gradients))
+    model.config.recompute = False
+    plain = held_for_backward(lambda: algorithm1(model, tokens, targets, 1)[0])[1]
+    assert sizes[1] < plain < sizes[0] / 3
+
+
+@pytest.mark.parametrize("layout, eviction", [("asas", "hard"), ("sa", "sliding"), ("as", "none")])
+def test_what_a_sleep_leaves_out_is_not_needed(layout, eviction):
+    """Guards the shortcut asleep: without its last h and dead caches the same memory remains."""
+    model, window = hybrid(layout, eviction=eviction), torch.randint(3, (2, 5))
+    memory = evict(sleep(model, window, model.empty_memory(2), 2), model.config.keep)
+    h = model.embed(window)
+    h, first = model.blocks(h, model.empty_memory(2), 0, len(layout))
+    h, after = model.blocks(h, model.empty_memory(2)._replace(S=first.S), 0, len(layout))
+    expected = evict(after, model.config.keep)
+    for a, b in zip(memory.cache + memory.S, expected.cache + expected.S):
+        assert type(a) is type(b)
+        for x, y in zip(*((e,) if isinstance(e, torch.Tensor) else e or () for e in (a, b))):
+            assert torch.equal(x, y)
+
+
+def test_model_flops_by_counting():
+    """Guards the share of the peak: the formula against torch's own count of a step's products."""
+    from torch.utils.flop_counter import FlopCounterMode
+    for layout, loops, sleep_at in (("asas", 1, "sleep"), ("sa", 3, "sleep"), ("as", 2, "wake")):
+        model = Hybrid(Config(2, 64, layout, 64, n_head=2, sleep_at=sleep_at))
+        tokens, targets = sequences(windows=2, window=64, rest=64)
+        windows = cut(targets, 64)
+        with FlopCounterMode(display=False) as counter:
+            algorithm1(model, tokens % 2, targets.clamp(max=1), loops, windows)[0].backward()
+        counted, ours = counter.get_total_flops(), 2 * train.model_flops(model, windows, loops)
+        assert 0.85 < counted / ours < 1.15, (layout, counted, ours)
+
+
+def test_bench_shows_what_the_readme_says(tmp_path, monkeypatch, capsys):
+    """Guards --bench: bytes that depend on the context, a row without its facts, a lost folder."""
+    monkeypatch.setattr(train, "BENCH_SECONDS", 1e-9)
+    command = ["--bench", *TINY, "--states=2", "--loops=1,2", f"--out={tmp_path / 'bench'}"]
+    assert train.main(command) == 0
+    header, rate, *rows = map(json.loads, (tmp_path / "bench/log.jsonl").read_text().splitlines())
+    speed, memory = rows[:-4], rows[-4:]
+    assert rate["matrix_rate"] > 0 and header["config"]["layout"] == "asas"
+    assert [(row["loops"], row["window"], row["recompute"]) for row in speed] == [
+        (1, 4, False), (2, 4, False), (2, 4, True),
+        (1, 1, False), (1, 2, False), (1, 8, False), (1, 10, False)]
+    assert all(row[key] > 0 for row in speed
+               for key in ("ms", "tokens_per_s", "first_step_s", "flops", "wake_ms", "sleep_ms"))
+    assert [row["windows"] for row in memory] == [1, 10, 100, 1000]
+    assert len({(row["S"], row["cache"]) for row in memory}) == 1
+    assert memory[3]["never_evicted"] > 500 * memory[0]["never_evicted"]
+    with pytest.raises(SystemExit):
+        train.main(command)
+    assert "new or an empty folder for --bench" in capsys.readouterr().err
+
+
+def test_fast_needs_a_gpu(tmp_path, capsys):
+    """Guards a promise that cannot be kept: graphs on a CPU."""
+    for fast in ("graph", "compile"):
+        with pytest.raises(SystemExit) as halt:
+            train.main([*TINY, f"--fast={fast}", f"--out={tmp_path / 'run'}"])
+        assert halt.value.code == 2
+        assert f"--fast {fast}: must be eager or auto on a CPU" in capsys.readouterr().err
+
+
+def close(ours, literal, tolerance):
+    """Relative distances of tensors, each in its norm; NaN is never close."""
+    for a, b in zip(ours, literal, strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+def both_ways(function, inputs):
+    """Outputs and gradients of function at these inputs, and at the same in float64."""
+    results = []
+    for dtype in (None, torch.float64):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        torch.manual_seed(1)
+        cotangents = [torch.randn(x.shape, device=x.device).bfloat16().to(x) for x in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, cotangents)])
+    return results
+
+
+@cuda
+@pytest.mark.parametrize("L", [1, 2, 3, 4, 24, 32, 75])
+@pytest.mark.parametrize("H, K", [(4, 64), (3, 32), (2, 16)])
+@pytest.mark.parametrize("collinear", [False, True])
+def test_kernels_equal_the_plain_form(L, H, K, collinear):
+    """Guards the Triton kernels, values and gradients: bfloat16 factors allow 1 %, a bug does not.
+
+    Nearly collinear keys, where an inverse by powers explodes, make a small beta gradient noisy.
+    """
+    x = torch.randn(5, L, 3 * H * K + 8, device="cuda")
+    w = torch.rand(4, 3 * H * K, device="cuda") - 0.5
+    ours, plain = both_ways(lambda x, w: [prepare(x[..., :3 * H * K], w, H)], [x.bfloat16(), w])
+    close(ours, plain, 0.01)
+    qkv = plain[0].detach().float().clone()
+    log_alpha, beta = -torch.rand(5, L, H, device="cuda"), torch.rand(5, L, H, device="cuda")
+    if collinear:
+        qkv[:, :, 1] = F.normalize(qkv[:, :1, 1] + 1e-2 * qkv[:, :, 1], dim=-1)
+        log_alpha, beta = 1e-3 * log_alpha, 1 - 1e-3 * beta
+    S = torch.randn(5, H, K, K, device="cuda")
+    ours, plain = both_ways(read_and_write, [qkv.bfloat16(), log_alpha, beta, S])
+    close(ours, plain, 0.05 if collinear else 0.01)
+
+
+def gpu_run(folder, fast, *options):
+    """A run of 20 steps on the GPU -> the records of its log."""
+    assert train.main(["--layout=asas", "--d_model=64", "--steps=20", "--eval_every=5",
+                       "--batch=64", "--loops=2", "--device=cuda", f"--fast={fast}",
+                       f"--out={folder}", *options]) == 0
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
+
+
+@cuda
+@pytest.mark.parametrize("fast, tolerance", [("graph", 1e-4), ("compile", 2e-2)])
+def test_fast_steps_equal_eager_steps(tmp_path, monkeypatch, fast, tolerance):
+    """Guards the captured step: the same losses over 20 steps, also when resumed in the middle."""
+    eager, ours = gpu_run(tmp_path / "eager", "eager"), gpu_run(tmp_path / fast, fast)
+    assert eager[-1]["train_loss"] < eager[1]["train_loss"] + 0.01
+    factor, once = train.lr_factor, iter([True])
+
+    def interrupting(step, steps):
+        if step == 9 and next(once, False):
+            os.kill(os.getpid(), signal.SIGINT)
+        return factor(step, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "lr_factor", interrupting)
+        with pytest.raises(AssertionError):
+            gpu_run(tmp_path / "resumed", fast)
+    assert torch.load(tmp_path / "resumed/N2.pt", weights_only=True)["step"] == 10
+    resumed = gpu_run(tmp_path / "resumed", fast)
+    for records in (ours, resumed):
+        for a, b in zip(records, eager, strict=True):
+            assert a["step"] == b["step"]
+            assert math.isclose(a["loss"], b["loss"], rel_tol=tolerance)
+
+
+@cuda
+@pytest.mark.parametrize("fast", ["graph", "compile"])
+def test_rates_act_inside_the_graph(fast):
+    """Guards the schedule: a rate that the recording froze. And evaluation compiles nothing."""
+    from torch._dynamo.utils import counters
+    task = Rule110()
+    model = Hybrid(Config(task.vocab_size, task.window, dtype="bfloat16", d_model=64)).cuda()
+    optimizers = train.make_optimizers(model, 1e-3, 1e-3)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group["lr"] = torch.full((), 1e-3, device="cuda")
+    windows = train.windows_of(task, task.window)
+    step, batch = train.fast_steps(model, optimizers, windows, fast)(2), task.batch(
+        32, generator(1, 0, 0, "cuda"))
+    states = []
+    for rate in (1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 0.0, 0.0, 1e-3):
+        for group in groups:
+            group["lr"].fill_(rate)
+        step(*batch)
+        states.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(states[4], states[5]) and torch.equal(states[5], states[6])
+    assert not torch.equal(states[3], states[4]) and not torch.equal(states[6], states[7])
+    graphs = dict(counters["stats"])
+    with train.uncompiled(fast):
+        train.evaluate(model, *batch, 2, windows)
+    assert dict(counters["stats"]) == graphs
 
 
 # -------------------------------------------------------------- 10. it learns, 11. the command line

@@ -6,6 +6,9 @@ evaluation) and a checkpoint for each N; --resume DIR goes on exactly where it s
 """
 
 import argparse
+import contextlib
+import functools
+import gc
 import inspect
 import json
 import math
@@ -15,6 +18,7 @@ import platform
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -29,7 +33,7 @@ from tqdm import tqdm
 
 from data import IGNORE, TASKS, generator
 from model import Config, Hybrid
-from sleep import Window, algorithm1, cut
+from sleep import Cache, Window, algorithm1, cut, evict, sleep, wake
 
 TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults stand
     "t": "rule110: steps of the automaton, the difficulty (4; the paper: up to 32)",
@@ -51,6 +55,12 @@ MOST = 2**31 - 1    # as an option's value
 UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError,
               pickle.UnpicklingError)  # what reading a damaged checkpoint raises
 CHECK_EVERY = 10    # steps between looks at the loss, each of which waits for the device
+FAST = {"eager": "nothing to gain on a CPU", "graph": "for a short run, compiling does not pay",
+        "compile": "a long run earns the minute it takes"}
+LONG = 5e15         # model FLOPs of a run that earns it
+BENCH = {"layout": "asas", "d_model": 256, "cells": 24, "states": 4, "loops": [1, 2, 4, 8],
+         "batch": None}  # what --bench measures if not told: the paper's size
+BENCH_SECONDS = 5.0  # of training in each row
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -166,10 +176,20 @@ def get_parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
                      help="of matrix products. auto: bfloat16 on cuda; float32 on a CPU, where "
                           "bfloat16 is slow. Parameters and fast weights are always float32")
+    run.add_argument("--fast", choices=["auto", *FAST], default="auto",
+                     help="eager: as written; graph: on cuda, record a step once and replay it; "
+                          "compile: compile its blocks as well, which takes most of a minute. "
+                          "auto: eager on a CPU; on cuda graph for short runs, compile for long")
+    run.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=False,
+                     help="make the activations of a sleep again in the backward pass, window by "
+                          "window and pass by pass: much less memory, two thirds more time")
     run.add_argument("--out", type=Path, metavar="DIR",
                      help="folder of the run; None: a new one under out/")
     run.add_argument("--resume", type=Path, metavar="DIR",
                      help="go on with the run in DIR, with its options; takes no other option")
+    run.add_argument("--bench", action="store_true",
+                     help="measure speed and memory for each N of --loops and several L instead of "
+                          "training; options not given are then the paper's")
     return p
 
 
@@ -185,7 +205,8 @@ def orthogonalize(x: Tensor) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return x.mT if tall else x
 
 
@@ -225,12 +246,81 @@ def make_optimizers(model: Hybrid, muon_lr: float, lr: float) -> list[torch.opti
     assert len(matrices) + len(rest) == len(trained), \
         "every trained parameter must be in exactly one optimizer group"
     return [Muon(matrices, lr=muon_lr),
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True,
+                              capturable=rest[0].is_cuda)]
 
 
 def lr_factor(step: int, steps: int) -> float:
     """Full rate for 60 % of the run, then down a straight line towards 0."""
     return min(1.0, (steps - step) / (0.4 * steps))  # Choice: schedule
+
+
+# ----------------------------------------------------------------------------------- one fast step
+
+def make_step(model: Hybrid, optimizers: list[torch.optim.Optimizer], windows: list[Window],
+              loops: int):
+    """-> step(tokens, targets): one optimizer step; loss and gradient norm, still on the device."""
+    def step(tokens: Tensor, targets: Tensor) -> Tensor:
+        loss, *_ = algorithm1(model, tokens, targets, loops, windows)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Choice: clipping
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.stack([loss.detach(), norm])
+    return step
+
+
+def capture(step, warm_up: int = 3):
+    """The same step for a GPU: its kernels are recorded once as a CUDA graph, then replayed.
+
+    A step is thousands of small kernels; started one by one from Python they leave the GPU idle
+    most of the time. The first `warm_up` calls run as they are, for real, on a stream of their own:
+    state and workspaces come into being. The next call records, and from then on Python does
+    nothing but copy the batch and press play. Hence a captured step may not look at a value on the
+    device (.item(), if), nor depend on a Python number that changes: shapes and N are fixed, rates
+    live in tensors. Gradients must be None as it is recorded, to be born in the graph's memory.
+    """
+    graph, stream, calls, inputs, output = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, [], None
+
+    def replay(*batch: Tensor) -> Tensor:
+        nonlocal calls, inputs, output
+        calls += 1
+        if calls <= warm_up:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = step(*batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if output is None:
+            inputs = [x.clone() for x in batch]
+            with torch.cuda.graph(graph):
+                output = step(*inputs)
+        for mine, new in zip(inputs, batch):
+            mine.copy_(new)
+        graph.replay()
+        return output.clone()
+    return replay
+
+
+def fast_steps(model: Hybrid, optimizers: list[torch.optim.Optimizer], windows: list[Window],
+               fast: str):
+    """-> step_of(N), the training step with N passes, as fast as --fast asks."""
+    if fast == "compile":
+        for block in model.layers:  # blocks of one kind and one L share what is compiled
+            block.compile(dynamic=False)
+
+    @functools.cache
+    def step_of(loops: int):
+        step = make_step(model, optimizers, windows, loops)
+        return step if fast == "eager" else capture(step)
+    return step_of
+
+
+def uncompiled(fast: str):
+    """A context in which nothing is compiled: what runs once is not worth it."""
+    return torch.compiler.set_stance("force_eager") if fast == "compile" \
+        else contextlib.nullcontext()
 
 
 # ----------------------------------------------------------------------------- data and evaluation
@@ -318,7 +408,7 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
     try:
         header, *records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         parsed = vars(parser.parse_args(as_arguments(header["config"])))
-        if {name: x for name, x in parsed.items() if name not in ("out", "resume")} \
+        if {name: x for name, x in parsed.items() if name not in ("out", "resume", "bench")} \
                 != header["config"] or not {"command", "commit", "hardware"} <= header.keys():
             raise ValueError
         lost = {f"N{record['loops']}.pt" for record in records
@@ -406,11 +496,13 @@ def new_folder(task: str) -> Path:
             continue
 
 
-def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
-    """The options, folder and log header of a run, new or resumed. Exits with 2 if impossible."""
+def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict, bool]:
+    """Options, folder and log header of a run; whether --bench. Exits with 2 if impossible."""
     parser = get_parser()
+    if "--bench" in argv:
+        parser.set_defaults(**BENCH)
     options = vars(parser.parse_args(argv))
-    out, resume = options.pop("out"), options.pop("resume")
+    out, resume, bench = options.pop("out"), options.pop("resume"), options.pop("bench")
     if resume:
         if len(argv) > 2 or any(re.match("--(?!resume)", argument) for argument in argv):
             parser.error(f"--resume {resume}: takes no other option, the run has its own")
@@ -423,21 +515,32 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
         parser.error("--device cuda: there is none here; valid are cpu and auto")
     if options["dtype"] == "auto":
         options["dtype"] = "bfloat16" if options["device"] == "cuda" else "float32"
+    options["batch"] = options["batch"] or (512 if options["device"] == "cuda" else 64)
+    if options["device"] == "cpu" and options["fast"] not in ("auto", "eager"):
+        parser.error(f"--fast {options['fast']}: must be eager or auto on a CPU")
     try:
         task, model = build(options)
         if not resume:
             initialize(model, options)
         options |= {name: getattr(task, name) for name in TASK_OPTIONS if hasattr(task, name)}
+        if options["fast"] == "auto":
+            work = options["steps"] * options["batch"] * model_flops(
+                model, windows_of(task, model.config.window), max(options["loops"]))
+            long = bench or work > LONG and options["eviction"] != "none"  # no two shapes the same
+            options["fast"] = ("eager" if options["device"] == "cpu" else
+                               "compile" if long else "graph")
     except ValueError as error:
         parser.error(f"--{error}")
     if resume:
-        return argparse.Namespace(**options), resume, header
+        return argparse.Namespace(**options), resume, header, False
 
     header = make_header(argv, options)
     try:
         out = out or new_folder(options["task"])
         out.mkdir(parents=True, exist_ok=True)
         if any(path.suffix != ".tmp" for path in out.iterdir()):
+            if bench:
+                parser.error(f"--out {out}: must be a new or an empty folder for --bench")
             header = read_header(parser, "--out", out)
             if header["config"] != options:
                 parser.error(f"--out {out}: has a run of another configuration; give a new folder")
@@ -445,7 +548,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
             write_log(out, header, [])
     except OSError as error:
         parser.error(f"--out {error.filename}: {error.strerror}; must be a folder that can be made")
-    return argparse.Namespace(**options), out, header
+    return argparse.Namespace(**options), out, header, bench
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -496,6 +599,31 @@ def passes_over(windows: list[Window], loops: int, config: Config) -> float:
                for start, stop, scored in windows)
 
 
+def model_flops(model: Hybrid, windows: list[Window], loops: int) -> float:
+    """FLOPs of a training step for one sequence: 6 for each weight a token meets in each pass.
+
+    2 in the forward and 4 in the backward pass; the products of a mixer among the L tokens of the
+    window (L x L, masked or not) and with S count alike. The last block of the last pass asleep
+    only has to write S. Not counted: what is no matrix product, the optimizers, and what
+    --recompute computes again.
+    """
+    c, total = model.config, 0
+    i, j = c.loop_blocks
+    for b, (kind, block) in enumerate(zip(c.layout, model.layers)):
+        matrices = sum(p.numel() for p in block.parameters() if p.ndim == 3)
+        for start, stop, scored in windows:
+            L = stop - start
+            N = loops if i <= b < j and scored == (c.sleep_at == "wake") else 1
+            # q k^T, P v; or q k^T, k k^T, P U, T R and the three products with S
+            mixer = c.d_model * (2 * L if kind == "a" else 4 * L + 3 * c.d_model // c.n_head)
+            spared = 0
+            if block is model.layers[-1] and not scored:
+                spared = matrices + mixer if kind == "a" else matrices - block.mixer.qkv.weight.numel()
+            total += 6 * L * (N * (matrices + mixer) - spared)
+    return total + 6 * model.out.weight.numel() * sum(
+        stop - start for start, stop, scored in windows if scored)
+
+
 def line(record: dict) -> str:
     """One evaluation, to be read and to be grepped."""
     text = ("N {loops:<2d} step {step:6d}  tokens {tokens:.2e}  loss {loss:.4f}  bit {bit:7.2%}  "
@@ -530,12 +658,15 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
             saved[name] for name in ("step", "token_passes", "seconds", "records"))
         log.extend(records)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group["lr"] = torch.zeros((), device=options.device)  # a captured step reads it there
 
     levels = levels_of(task, options)
     size = -(-options.eval_size // len(levels))
     held_out = {level: task.batch(size, generator(0, EVAL, i, options.device), "held-out", level)
                 for i, level in enumerate(levels)}
     windows = windows_of(task, model.config.window)
+    step_of = fast_steps(model, optimizers, windows, options.fast)
     tokens_a_step = options.batch * task.length
     began = time.time() - seconds
     unchecked = []  # losses and gradient norms that are still on the device
@@ -574,15 +705,17 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 train_loss = check()
                 bar.set_postfix(loss=f"{train_loss:.3f}", exact=f"{records[-1]['exact']:.1%}")
             if evaluating and (not records or records[-1]["step"] < step):
-                scores = evaluate_levels(model, task, held_out, loops, windows)
+                with uncompiled(options.fast):
+                    scores = evaluate_levels(model, task, held_out, loops, windows)
                 if not math.isfinite(scores["loss"]):
                     diverged(step)
                 record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
                           "token_passes": token_passes, "train_loss": train_loss, **scores,
                           "seconds": round(time.time() - began, 2)}
                 if step == options.steps and options.eval_loops:
-                    others = {n: evaluate_levels(model, task, held_out, n, windows)
-                              for n in options.eval_loops}
+                    with uncompiled(options.fast):
+                        others = {n: evaluate_levels(model, task, held_out, n, windows)
+                                  for n in options.eval_loops}
                     record["eval_loops"] = {n: scores for n, scores in others.items()
                                             if math.isfinite(scores["loss"])}
                 records.append(record)
@@ -599,16 +732,10 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
             tokens, targets = next(data)
             N = stage(options.loops_schedule, step, options.steps, loops)
             for group, rate in zip(groups, rates):
-                group["lr"] = rate * lr_factor(step, options.steps)
-            loss, *_ = algorithm1(model, tokens, targets, N, windows)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Choice: clipping
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+                group["lr"].fill_(rate * lr_factor(step, options.steps))
+            unchecked.append(step_of(N)(tokens, targets))
             step += 1
             token_passes += options.batch * passes_over(windows, N, model.config)
-            unchecked.append(torch.stack([loss.detach(), norm]))
             bar.update(tokens_a_step)
 
 
@@ -628,6 +755,7 @@ def print_facts(options: argparse.Namespace, folder: Path, header: dict):
           f"{options.batch * task.length:,} tokens\n"
           f"device  {header['hardware']}; matrix products in {options.dtype} ({why}), "
           f"parameters and S in float32\n"
+          f"step    {options.fast}: {FAST[options.fast]} (--fast)\n"
           f"folder  {folder}", flush=True)
     if all(window.scored for window in windows) and options.sleep_at == "sleep":
         print("note    no window is left to sleep on, N makes no difference: L is too large")
@@ -642,6 +770,128 @@ def print_table(log: list[dict]):
               "{token_passes:14.2e}".format(**record))
 
 
+# ------------------------------------------------------------------------------------------ --bench
+
+def matrix_rate(device: str, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of this machine's own product of two large random matrices: the peak, as measured."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    one = timed(lambda: a @ b, device, 3)
+    return 2 * size**3 / timed(lambda: a @ b, device, 3 + int(seconds / one))
+
+
+def timed(function, device: str, times: int) -> float:
+    """Median seconds of a call, the device's work included."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def bench_training(options: argparse.Namespace, loops: int) -> dict:
+    """Speed and memory of training with N = loops passes, data and optimizers included."""
+    began, device = time.perf_counter(), options.device
+    task, model = build(vars(options))
+    model.to(device)
+    optimizers = make_optimizers(model, options.muon_lr, options.lr)
+    windows = windows_of(task, model.config.window)
+    step = fast_steps(model, optimizers, windows, options.fast)(loops)
+    data = batches(task, options, 0)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step(*next(data)).tolist()
+    first = time.perf_counter() - began
+    for _ in range(4 if device == "cuda" else 1):  # up to and beyond the capture
+        step(*next(data)).tolist()
+    ready, steps, began = time.perf_counter() - began, 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < BENCH_SECONDS:
+        for _ in range(CHECK_EVERY if device == "cuda" else 1):
+            values = step(*next(data))
+            steps += 1
+        values.tolist()  # waits for the device
+    tokens = options.batch * task.length
+    record = {"loops": loops, "window": model.config.window, "ms": 1e3 * spent / steps,
+              "tokens_per_s": tokens * steps / spent, "first_step_s": first, "ready_s": ready,
+              "flops": options.batch * model_flops(model, windows, loops) * steps / spent}
+    if device == "cuda":
+        record["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return record
+
+
+@torch.no_grad()
+def bench_use(options: argparse.Namespace, loops: int) -> dict:
+    """Latency of one token awake, of one window's sleep, at batch 1, as the code stands."""
+    task, model = build(vars(options))
+    model.to(options.device)
+    L = model.config.window
+    window = torch.randint(task.vocab_size, (1, L), device=options.device)
+    begun = evict(sleep(model, window, model.empty_memory(1), loops))
+    half = wake(model, window[:, :(L + 1) // 2], begun)[1]
+    return {"wake_ms": 1e3 * timed(lambda: wake(model, window[:, :1], half), options.device, 50),
+            "sleep_ms": 1e3 * timed(lambda: sleep(model, window, begun, loops), options.device, 20)}
+
+
+@torch.no_grad()
+def bench_bytes(options: argparse.Namespace, contexts=(1, 10, 100, 1000)):
+    """Bytes of both memories, just before the cache is evicted, after 1 to 1000 windows.
+
+    never_evicted is computed: the keys and values of one window, times the windows.
+    """
+    task, model = build(vars(options))
+    model.to(options.device)
+    memory, L = model.empty_memory(1), model.config.window
+    for windows in range(1, max(contexts) + 1):
+        tokens = torch.randint(task.vocab_size, (1, L), device=options.device)
+        memory = wake(model, tokens, memory)[1]
+        if windows == 1:
+            keys = sum(x.nbytes for kept in memory.cache if isinstance(kept, Cache) for x in kept)
+        if windows in contexts:
+            yield {"windows": windows, "tokens": windows * L, **memory.bytes(),
+                   "never_evicted": memory.bytes()["cache"] + (windows - 1) * keys}
+        memory = evict(memory, model.config.keep)
+
+
+def run_bench(options: argparse.Namespace, folder: Path, header: dict, stop: threading.Event):
+    """The tables of --bench: every N at one L, the largest with --recompute, N = 1 at several L."""
+    rate = matrix_rate(options.device, getattr(torch, options.dtype))
+    task, model = build(vars(options))
+    L, log, loops = model.config.window, [{"matrix_rate": rate}], options.loops
+    print(f"peak    {rate:.3g} FLOP/s, measured: the product of two large matrices in "
+          f"{options.dtype}\n        share = model FLOPs / peak; model FLOPs = 6 x weights x "
+          "tokens x passes, and the mixers' products\n        ready: seconds from the start of a "
+          "row until its step is compiled and recorded\n")
+    print(f"{'N':>3}{'L':>5}{'recompute':>11}{'ms/step':>10}{'tokens/s':>12}{'share':>8}"
+          f"{'peak MiB':>10}{'first step':>12}{'ready':>9}{'wake ms':>9}{'sleep ms':>10}")
+    lengths = sorted({max(1, L // 4), max(1, L // 2), 2 * L, task.length} - {L})
+    points = ([(n, L, options.recompute) for n in loops] + [(max(loops), L, True)]
+              + [(1, length, False) for length in lengths])
+    for n, window, recompute in points:
+        if stop.is_set():
+            raise Halt(130, f"stopped; the rows so far are in {folder / 'log.jsonl'}")
+        point = argparse.Namespace(**vars(options) | {"window": window, "recompute": recompute})
+        with uncompiled(options.fast):
+            use = bench_use(point, n)
+        log.append({**bench_training(point, n), **use, "recompute": recompute})
+        gc.collect()  # a graph's memory goes with the graph
+        row = {**log[-1], "share": log[-1]["flops"] / rate, "recompute": str(recompute),
+               "memory": f"{log[-1]['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in log[-1] else "-"}
+        print("{loops:3d}{window:5d}{recompute:>11}{ms:10.2f}{tokens_per_s:12,.0f}{share:8.1%}"
+              "{memory:>10}{first_step_s:10.1f} s{ready_s:7.1f} s{wake_ms:9.2f}{sleep_ms:10.2f}"
+              .format(**row), flush=True)
+        write_log(folder, header, log)
+    print(f"\n{'windows':>8}{'tokens':>9}{'S, bytes':>12}{'cache, bytes':>14}"
+          f"{'never evicted':>15}")
+    with uncompiled(options.fast):
+        for row in bench_bytes(options):
+            log.append(row)
+            print("{windows:8,d}{tokens:9,d}{S:12,d}{cache:14,d}{never_evicted:15,d}".format(**row))
+    write_log(folder, header, log)
+
+
 def main(argv: list[str] | None = None) -> int:
     log, stop = [], threading.Event()
 
@@ -651,8 +901,11 @@ def main(argv: list[str] | None = None) -> int:
 
     default = signal.signal(signal.SIGINT, interrupt)
     try:
-        options, folder, header = open_run(sys.argv[1:] if argv is None else argv)
+        options, folder, header, bench = open_run(sys.argv[1:] if argv is None else argv)
         print_facts(options, folder, header)
+        if bench:
+            run_bench(options, folder, header, stop)
+            return 0
         for loops in options.loops:
             train_model(loops, options, folder, header, log, stop)
         write_log(folder, header, log)
