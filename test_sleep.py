@@ -1185,7 +1185,7 @@ def test_bench_shows_what_the_readme_says(tmp_path, monkeypatch, capsys):
                for key in ("ms", "tokens_per_s", "first_step_s", "flops", "wake_ms", "sleep_ms"))
     assert [row["windows"] for row in memory] == [1, 10, 100, 1000]
     assert len({(row["S"], row["cache"]) for row in memory}) == 1
-    assert memory[3]["never_evicted"] > 500 * memory[0]["never_evicted"]
+    assert memory[3]["never_evicted"] > 100 * memory[0]["never_evicted"]
     with pytest.raises(SystemExit):
         train.main(command)
     assert "new or an empty folder for --bench" in capsys.readouterr().err
