@@ -61,21 +61,22 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int,
     need_cache = not asleep or c.keep != 0
     first, begun = h, after = model.blocks(model.embed(tokens), memory, 0, i, True, need_cache)
 
-    def one_pass(h: Tensor, after: Memory, last: bool) -> tuple[Tensor | None, Memory]:
+    def one_pass(last: bool, h: Tensor, *S: Tensor | None) -> tuple[Tensor | None, Memory]:
         h = h if c.carry == "h" else first
-        S = after.S if c.carry_S else begun.S
-        if not last:
-            return model.blocks(h, Memory(begun.cache, S), i, j, True, False)  # Eq. (6)
-        return model.blocks(h, Memory(begun.cache, S), i, len(c.layout), not asleep, need_cache)
+        S = S if c.carry_S else begun.S
+        stop, need_h = (len(c.layout), not asleep) if last else (j, True)
+        return model.blocks(  # the last pass goes on through the blocks behind the loop
+            h, Memory(begun.cache, S), i, stop, need_h, last and need_cache)  # Eq. (6)
 
     for n in range(1, loops + 1):
-        h, after = recomputed(model, one_pass, h, after, n == loops)
+        h, after = recomputed(model, one_pass, n == loops, h, *after.S)
     return h, after
 
 
 def recomputed(model, function, *inputs):
     """function(*inputs), with config.recompute without its activations: they are made again in the
-    backward pass. Each sleep is, and in it each pass: memory for one pass and the S between them.
+    backward pass. Each sleep is, and in it each pass: only the S of every window, and then h and S
+    of every pass of one window, are held (tensors inside an input would be held throughout).
     """
     if not model.config.recompute or not torch.is_grad_enabled():
         return function(*inputs)

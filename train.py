@@ -387,7 +387,7 @@ def make_header(argv: list[str], options: dict) -> dict:
     hardware = (torch.cuda.get_device_name() if options["device"] == "cuda"
                 else f"CPU, {torch.get_num_threads()} threads")
     return {"command": shlex.join(["python", "train.py", *argv]),
-            "commit": commit or os.environ.get("COMMIT", "unknown"),
+            "commit": os.environ.get("COMMIT") or commit or "unknown",
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
             "hardware": hardware, "config": options}
