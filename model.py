@@ -364,8 +364,10 @@ class Hybrid(nn.Module):
 
 
 # ------------------------------------------------------------------- GPU kernels, for speed only
-# `prepare` and `read_and_write` once more, letters as there. What plain torch does in some thirty
-# kernels, each of which reads and writes all tokens, is done on chip: about half of a step's time.
+# `prepare` and `read_and_write` once more, letters as there; the tests compare both forms. What plain
+# torch writes to memory and reads again in some thirty kernels stays on chip: the rule of a window,
+# forward and backward, takes 0.15 ms instead of 1.6 (H100; B = 512, L = 24, K = 64). Decays, sums and
+# S are float32, I + A is inverted in tf32, other factors of products are bfloat16.
 
 jit = triton.jit if triton else lambda function: function
 
@@ -387,28 +389,27 @@ def silu_and_scale(x, is_unit, K: tl.constexpr):
 
 
 @jit
-def prepare_forward(x, w, y, L, H, stride: tl.constexpr, K: tl.constexpr, G: tl.constexpr):
+def prepare_forward(x, w, y, L, H, K: tl.constexpr, G: tl.constexpr):
     b, c, n, is_unit, w0, w1, w2, w3 = channels(w, H, K, G)
     x1, x2, x3 = 0 * w1, 0 * w2, 0 * w3  # zeros; Triton 3.6 takes equal ones for one variable
     for t in range(L):  # a program takes some heads of a sequence, a token after the other
-        x0 = tl.load(x + (b * L + t) * stride + c).to(tl.float32)
+        x0 = tl.load(x + (b * L + t) * n + c).to(tl.float32)
         u, _, scale = silu_and_scale(w3 * x0 + w2 * x1 + w1 * x2 + w0 * x3, is_unit, K)
         tl.store(y + (b * L + t) * n + c, u * scale)
         x3, x2, x1 = x2, x1, x0
 
 
 @jit
-def prepare_backward(x, w, dy, dx, dw, L, H, stride: tl.constexpr, K: tl.constexpr,
-                     G: tl.constexpr):
+def prepare_backward(x, w, dy, dx, dw, L, H, K: tl.constexpr, G: tl.constexpr):
     b, c, n, is_unit, w0, w1, w2, w3 = channels(w, H, K, G)
-    x += b * L * stride + c
-    x0, x1 = tl.load(x + (L - 1) * stride), tl.load(x + (L - 2) * stride, L > 1, 0.0)
-    x2 = tl.load(x + (L - 3) * stride, L > 2, 0.0)
+    x += b * L * n + c
+    x0, x1 = tl.load(x + (L - 1) * n), tl.load(x + (L - 2) * n, L > 1, 0.0)
+    x2 = tl.load(x + (L - 3) * n, L > 2, 0.0)
     d1, d2, d3, dw0 = 0 * w1, 0 * w2, 0 * w3, 0 * w0
     dw1, dw2, dw3 = dw0, dw0, dw0
     for i in range(L):
         t = L - 1 - i
-        x3 = tl.load(x + (t - 3) * stride, t > 2, 0.0)
+        x3 = tl.load(x + (t - 3) * n, t > 2, 0.0)
         d0 = tl.load(dy + (b * L + t) * n + c).to(tl.float32)
         u, slope, scale = silu_and_scale(w3 * x0 + w2 * x1 + w1 * x2 + w0 * x3, is_unit, K)
         u *= tl.where(is_unit, scale, 0.0)
@@ -487,25 +488,20 @@ def rule_backward(qkv, log_alpha, beta, S, inverse, do, dafter, dqkv, dlog_alpha
     tl.store(dS + VK, dot(tl.trans(-beta * gamma * dR), k, dS_q))
 
 
-def evenly(x: Tensor) -> Tensor:
-    """x (B, L, n), copied only if it is no slice of something contiguous."""
-    return x if x.stride() == (x.shape[1] * x.stride(1), x.stride(1), 1) else x.contiguous()
-
-
 @torch.library.custom_op("sleep::fused_prepare", mutates_args=())
 def fused_prepare(x: Tensor, w: Tensor, n_head: int) -> Tensor:
-    x, (B, L, n), G = evenly(x), x.shape, math.gcd(n_head, 4)
+    (B, L, n), G = x.shape, math.gcd(n_head, 4)
     y = x.new_empty(B, L, n)
-    prepare_forward[B, 3 * n_head // G](x, w, y, L, n_head, x.stride(1), n // n_head // 3, G,
+    prepare_forward[B, 3 * n_head // G](x.contiguous(), w, y, L, n_head, n // n_head // 3, G,
                                         num_warps=1)
     return y
 
 
 @torch.library.custom_op("sleep::fused_prepare_backward", mutates_args=())
 def fused_prepare_backward(x: Tensor, w: Tensor, n_head: int, dy: Tensor) -> tuple[Tensor, Tensor]:
-    x, dy, (B, L, n), G = evenly(x), dy.contiguous(), x.shape, math.gcd(n_head, 4)
+    (B, L, n), G = x.shape, math.gcd(n_head, 4)
     dx, dw = x.new_empty(B, L, n), w.new_empty(B, 4, n)
-    prepare_backward[B, 3 * n_head // G](x, w, dy, dx, dw, L, n_head, x.stride(1),
+    prepare_backward[B, 3 * n_head // G](x.contiguous(), w, dy.contiguous(), dx, dw, L, n_head,
                                          n // n_head // 3, G, num_warps=1)
     return dx, dw
 

@@ -18,7 +18,6 @@ import platform
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -619,7 +618,7 @@ def model_flops(model: Hybrid, windows: list[Window], loops: int) -> float:
             mixer = c.d_model * (2 * L if kind == "a" else 4 * L + 3 * c.d_model // c.n_head)
             spared = 0
             if block is model.layers[-1] and not scored:
-                spared = matrices + mixer if kind == "a" else matrices - block.mixer.qkv.weight.numel()
+                spared = matrices + (mixer if kind == "a" else -block.mixer.qkv.weight.numel())
             total += 6 * L * (N * (matrices + mixer) - spared)
     return total + 6 * model.out.weight.numel() * sum(
         stop - start for start, stop, scored in windows if scored)
@@ -782,7 +781,7 @@ def matrix_rate(device: str, dtype: torch.dtype, seconds: float = 0.5) -> float:
 
 
 def timed(function, device: str, times: int) -> float:
-    """Median seconds of a call, the device's work included."""
+    """Seconds of the fastest of some calls, the device's work included: what disturbs only adds."""
     seconds = []
     for _ in range(times):
         began = time.perf_counter()
@@ -790,7 +789,7 @@ def timed(function, device: str, times: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def bench_training(options: argparse.Namespace, loops: int) -> dict:
@@ -833,7 +832,7 @@ def bench_use(options: argparse.Namespace, loops: int) -> dict:
     window = torch.randint(task.vocab_size, (1, L), device=options.device)
     begun = evict(sleep(model, window, model.empty_memory(1), loops))
     half = wake(model, window[:, :(L + 1) // 2], begun)[1]
-    return {"wake_ms": 1e3 * timed(lambda: wake(model, window[:, :1], half), options.device, 50),
+    return {"wake_ms": 1e3 * timed(lambda: wake(model, window[:, :1], half), options.device, 99),
             "sleep_ms": 1e3 * timed(lambda: sleep(model, window, begun, loops), options.device, 20)}
 
 
