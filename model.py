@@ -7,7 +7,7 @@ below the last line across the page is for speed on a GPU and may be skipped.
 
 import math
 from dataclasses import dataclass
-from functools import cache as remember
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -42,8 +42,9 @@ class Config:
     carry: str = "h"             # a pass starts from the last one's h, or again from the first's
     carry_S: bool = True         # ... and from its S, or again from the S at the window's start
     sleep_at: str = "sleep"      # where the N passes are spent: asleep, or awake in scored windows
-    recompute: bool = False      # make activations again in the backward pass: memory for time
     rule: str = "gdn"            # gdn, delta (no decay), mamba2 (Eq. 3 as printed: no delta rule)
+    # No variant: the same numbers from less memory in more time.
+    recompute: bool = False      # make activations again in the backward pass
 
     def __post_init__(self):
         if not self.layout or set(self.layout) - set("asm"):
@@ -76,7 +77,7 @@ class Config:
 
 # -------------------------------------------------------------------------- the two sequence mixers
 
-@remember
+@lru_cache(maxsize=64)
 def _rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
     frequency = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=dtype, device=device) / size)
     angle = torch.arange(length, dtype=dtype, device=device)[:, None] * frequency
@@ -151,7 +152,8 @@ PIECE = 32  # tokens that go through the rule at once
 
 def fused(x: Tensor, K: int) -> bool:
     """Whether the kernels at the end of this file can take x, with heads of size K."""
-    return bool(triton) and x.is_cuda and x.dtype == torch.bfloat16 and K in (16, 32, 64)
+    return (bool(triton) and x.is_cuda and x.dtype == torch.bfloat16 and K in (16, 32, 64)
+            and x.numel() * max(1, K // x.shape[1]) < 2**31)  # offsets are int32
 
 
 def prepare(x: Tensor, w: Tensor, n_head: int) -> Tensor:
@@ -334,7 +336,8 @@ class Hybrid(nn.Module):
         nn.init.zeros_(self.out.weight)  # Choice: start values
 
     def empty_memory(self, batch_size: int) -> Memory:
-        """Nothing cached, S = 0."""
+        """Nothing cached, S = 0, which asks for a gradient as any later S does: to a compiler the
+        first window then looks like the others."""
         c, parameter = self.config, self.out.weight
         size = c.d_model // c.n_head  # Differs: V = K
         S = tuple(None if kind == "a" else parameter.new_zeros(
@@ -364,16 +367,16 @@ class Hybrid(nn.Module):
 
 
 # ------------------------------------------------------------------- GPU kernels, for speed only
-# `prepare` and `read_and_write` once more, letters as there; the tests compare both forms. What plain
-# torch writes to memory and reads again in some thirty kernels stays on chip: the rule of a window,
-# forward and backward, takes 0.15 ms instead of 1.6 (H100; B = 512, L = 24, K = 64). Decays, sums and
-# S are float32, I + A is inverted in tf32, other factors of products are bfloat16.
+# `prepare` and `read_and_write` once more, letters as there; the tests compare both forms. What
+# plain torch writes to memory and reads again in some thirty kernels stays on chip: the rule of a
+# window, forward and backward, takes 0.15 ms instead of 1.6 (H100; B = 512, L = 24, K = 64).
+# Decays, sums and S are float32, I + A is inverted in tf32, other factors of products in bfloat16.
 
 jit = triton.jit if triton else lambda function: function
 
 
 @jit
-def channels(w, H, K: tl.constexpr, G: tl.constexpr):
+def channels(w, H, K: tl.constexpr, G: tl.constexpr):  # G heads of q, k or v, and their weights
     head, n = tl.program_id(1) * G + tl.arange(0, G)[:, None], 3 * H * K
     c = head * K + tl.arange(0, K)
     return (tl.program_id(0), c, n, head < 2 * H, tl.load(w + c), tl.load(w + n + c),
@@ -430,9 +433,11 @@ def dot(a, b, c=None):
 
 
 @jit
-def window(qkv, log_alpha, beta, L, H, C: tl.constexpr, K: tl.constexpr):
-    n, t, x = tl.program_id(0), tl.arange(0, C), tl.arange(0, K)  # a program: a head of a sequence
-    row, column, i = t[:, None], t[None, :], (n // H * L + t) * H + n % H  # C rows, zeros from L on
+def tile(qkv, log_alpha, beta, L, H, C: tl.constexpr, K: tl.constexpr):
+    # A program takes the window of one head n of a sequence: C tokens t, zeros from L on. Offsets:
+    # i in (B, L, H), at of q in qkv, and those of (L, V), (L, C) and (V, K) tiles.
+    n, t, x = tl.program_id(0), tl.arange(0, C), tl.arange(0, K)
+    row, column, i = t[:, None], t[None, :], (n // H * L + t) * H + n % H
     at = ((i - n % H) * 3 + n % H)[:, None] * K + x
     q, k = tl.load(qkv + at, row < L, 0.0), tl.load(qkv + at + H * K, row < L, 0.0)
     v = tl.load(qkv + at + 2 * H * K, row < L, 0.0)
@@ -447,7 +452,7 @@ def window(qkv, log_alpha, beta, L, H, C: tl.constexpr, K: tl.constexpr):
 @jit
 def rule_forward(qkv, log_alpha, beta, S, o, after, inverse, L, H,
                  C: tl.constexpr, K: tl.constexpr):
-    _, row, column, _, _, LV, CC, VK, q, k, v, beta, D, gamma, end, to_end = window(
+    _, row, column, _, _, LV, CC, VK, q, k, v, beta, D, gamma, end, to_end = tile(
         qkv, log_alpha, beta, L, H, C, K)
     A = tl.where(row > column, beta * dot(k, tl.trans(k)) * D, 0.0)
     T = tl.where(row == column, 1.0, 0.0) - tl.where(row ^ column == 1, A, 0.0)
@@ -464,7 +469,7 @@ def rule_forward(qkv, log_alpha, beta, S, o, after, inverse, L, H,
 @jit
 def rule_backward(qkv, log_alpha, beta, S, inverse, do, dafter, dqkv, dlog_alpha, dbeta, dS, L, H,
                   C: tl.constexpr, K: tl.constexpr):
-    t, row, column, i, at, LV, CC, VK, q, k, v, beta, D, gamma, end, to_end = window(
+    t, row, column, i, at, LV, CC, VK, q, k, v, beta, D, gamma, end, to_end = tile(
         qkv, log_alpha, beta, L, H, C, K)
     S, T, da = tl.load(S + VK), tl.load(inverse + CC, row < L, 0.0), tl.load(dafter + VK)
     last = end * tl.sum(S * da)  # last: gradient of end's exponent
@@ -474,9 +479,9 @@ def rule_backward(qkv, log_alpha, beta, S, inverse, do, dafter, dqkv, dlog_alpha
     dR = dot(tl.trans(T), dot(tl.trans(QKD), do, to_end * dot(k, tl.trans(da))))
     tl.store(dqkv + at + 2 * H * K, beta * dR, row < L)
     dP, dA = dot(do, tl.trans(U)), tl.where(row > column, -dot(dR, tl.trans(U)) * D, 0.0)
-    A = dA * dot(k, tl.trans(k))
-    tl.store(dbeta + i, tl.sum(dR * miss, 1) + tl.sum(A, 1), t < L)
-    dA, dg, dP = beta * dA, QKD * dP + beta * A, dP * D
+    AdA = dA * dot(k, tl.trans(k))  # over beta
+    tl.store(dbeta + i, tl.sum(dR * miss, 1) + tl.sum(AdA, 1), t < L)
+    dA, dg, dP = beta * dA, QKD * dP + beta * AdA, dP * D
     dq, kept = gamma * dot(do, S), to_end * dot(U, da)
     dk = kept - beta * gamma * dot(dR, S)
     dg = tl.sum(dg, 1) - tl.sum(dg, 0) + tl.sum(dq * q - (2 * kept - dk) * k, 1)

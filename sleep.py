@@ -51,9 +51,9 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int,
 
     memory is what held when the window began. h and S go on from pass to pass; keys and values are
     made anew in each, beside those kept from earlier windows. Only the blocks i to j - 1 of
-    loop_blocks are looped, those before and after run once. Nothing is computed that nobody needs:
-    the cache of a pass before the last and, asleep, the last h and a cache about to be evicted are
-    None. Raises ValueError if loops < 1.
+    loop_blocks are looped, those before and after run once. What nobody needs is not asked for, and
+    so, compiled, not computed: the cache of a pass before the last and, asleep, the last h and a
+    cache about to be evicted are None. Raises ValueError if loops < 1.
     """
     if loops < 1:
         raise ValueError(f"loops {loops}: must be at least 1")
@@ -75,8 +75,8 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int,
 
 def recomputed(model, function, *inputs):
     """function(*inputs), with config.recompute without its activations: they are made again in the
-    backward pass. Each sleep is, and in it each pass: only the S of every window, and then h and S
-    of every pass of one window, are held (tensors inside an input would be held throughout).
+    backward pass. So is each sleep, and in it each pass: only the S of every window, and then h and
+    S of every pass of one window, are held. Hence *S: tensors inside an input would all be held.
     """
     if not model.config.recompute or not torch.is_grad_enabled():
         return function(*inputs)
@@ -180,8 +180,9 @@ class Stream:
         if model.config.sleep_at == "wake" and loops > 1:
             raise ValueError(f"loops {loops}: must be 1 to stream a model with sleep_at wake")
         self.model, self.loops = model, loops
-        self.start = self.memory = model.empty_memory(batch_size)  # start: when the window began
-        self.window: list[Tensor] = []                             # its tokens so far, each (B,)
+        with torch.no_grad():  # start: when the window began
+            self.start = self.memory = model.empty_memory(batch_size)
+        self.window: list[Tensor] = []  # its tokens so far, each (B,)
 
     @torch.no_grad()
     def feed(self, token: Tensor) -> Tensor:

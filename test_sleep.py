@@ -29,7 +29,7 @@ from data import (GSM, IGNORE, TASKS, Depo, Rule110, generator, in_held_out, p_a
                   p_one, rule110)
 from model import (ROPE_BASE, Config, GatedDeltaNet, Hybrid, attention, gated_delta_rule, prepare,
                    read_and_write)
-from sleep import Memory, Stream, algorithm1, cut, evict, sleep, wake
+from sleep import Memory, Stream, algorithm1, cut, evict, passes, sleep, wake
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
@@ -1155,7 +1155,10 @@ def test_recompute_changes_memory_only(variant):
 def test_what_a_sleep_leaves_out_is_not_needed(layout, eviction):
     """Guards the shortcut asleep: without its last h and dead caches the same memory remains."""
     model, window = hybrid(layout, eviction=eviction), torch.randint(3, (2, 5))
-    memory = evict(sleep(model, window, model.empty_memory(2), 2), model.config.keep)
+    slept = sleep(model, window, model.empty_memory(2), 2)
+    assert eviction != "hard" or slept.cache == (None,) * len(layout)
+    assert passes(model, window, model.empty_memory(2), 2, asleep=True)[0] is None
+    memory = evict(slept, model.config.keep)
     h = model.embed(window)
     h, first = model.blocks(h, model.empty_memory(2), 0, len(layout))
     h, after = model.blocks(h, model.empty_memory(2)._replace(S=first.S), 0, len(layout))
@@ -1263,7 +1266,7 @@ def gpu_run(folder, fast, *options):
 def test_fast_steps_equal_eager_steps(tmp_path, monkeypatch, fast, tolerance):
     """Guards the captured step: the same losses over 20 steps, also when resumed in the middle."""
     eager, ours = gpu_run(tmp_path / "eager", "eager"), gpu_run(tmp_path / fast, fast)
-    assert eager[-1]["train_loss"] < eager[1]["train_loss"] + 0.01
+    assert eager[-1]["loss"] < eager[0]["loss"] - 0.1
     factor, once = train.lr_factor, iter([True])
 
     def interrupting(step, steps):
@@ -1515,3 +1518,26 @@ def test_numbers_of_the_readme_are_in_the_logs():
             measured = [" / ".join(f"{100 * score['exact']:.1f}" for score in levels)
                         for levels in scores]
             assert printed == ", ".join(measured), f"{pattern}, N = {n}: {', '.join(measured)}"
+
+
+def bench_rows():
+    """The rows of the README's table of speed, from the logs of --bench."""
+    for name, device in (("h100", "H100"), ("cpu", "two CPU cores")):
+        path = HERE / f"results/bench/{name}.jsonl"
+        _, first, *rows = map(json.loads, path.read_text().splitlines())
+        for row in rows:
+            if "ms" in row:
+                share = row["flops"] / first["matrix_rate"]
+                peak = f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else "-"
+                again = "yes" if row["recompute"] else "no"
+                yield (f"| {device} | {row['loops']} | {row['window']} | {again} | "
+                       f"{row['ms']:,.1f} | {row['tokens_per_s']:,.0f} | {share:.1%} | {peak} | "
+                       f"{row['first_step_s']:.1f} | {row['wake_ms']:.1f} | "
+                       f"{row['sleep_ms']:.1f} |")
+
+
+def test_speeds_of_the_readme_are_in_the_logs():
+    """Guards the table of speed; when a log is new, it prints the rows to put there."""
+    expected = list(bench_rows())
+    printed = re.findall(r"^\| (?:H100|two CPU cores) \| \d.*$", README, re.M)
+    assert len(expected) > 10 and printed == expected, "\n".join(expected)

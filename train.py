@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import IGNORE, TASKS, generator
-from model import Config, Hybrid
+from model import PIECE, Config, Hybrid
 from sleep import Cache, Window, algorithm1, cut, evict, sleep, wake
 
 TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults stand
@@ -54,11 +54,12 @@ MOST = 2**31 - 1    # as an option's value
 UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError,
               pickle.UnpicklingError)  # what reading a damaged checkpoint raises
 CHECK_EVERY = 10    # steps between looks at the loss, each of which waits for the device
-FAST = {"eager": "nothing to gain on a CPU", "graph": "for a short run, compiling does not pay",
-        "compile": "a long run earns the minute it takes"}
+FAST = {"eager": "a step as written; a CPU would gain nothing from more",
+        "graph": "a step recorded once and replayed; compiling only pays in a long run",
+        "compile": "blocks compiled, a step recorded once and replayed; a minute, for a long run"}
 LONG = 5e15         # model FLOPs of a run that earns it
-BENCH = {"layout": "asas", "d_model": 256, "cells": 24, "states": 4, "loops": [1, 2, 4, 8],
-         "batch": None}  # what --bench measures if not told: the paper's size
+BENCH = {"layout": "asas", "d_model": 256, "loops": [1, 2, 4, 8], "batch": None,
+         "cells": 24, "states": 4}  # what --bench measures if not told: the paper's size
 BENCH_SECONDS = 4.0  # of training in each row
 
 
@@ -180,8 +181,8 @@ def get_parser() -> argparse.ArgumentParser:
                           "compile: compile its blocks as well, which takes most of a minute. "
                           "auto: eager on a CPU; on cuda graph for short runs, compile for long")
     run.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=False,
-                     help="make the activations of a sleep again in the backward pass, window by "
-                          "window and pass by pass: much less memory, two thirds more time")
+                     help="make activations again in the backward pass, window by window and "
+                          "pass by pass: much less memory, two thirds more time")
     run.add_argument("--out", type=Path, metavar="DIR",
                      help="folder of the run; None: a new one under out/")
     run.add_argument("--resume", type=Path, metavar="DIR",
@@ -310,7 +311,7 @@ def fast_steps(model: Hybrid, optimizers: list[torch.optim.Optimizer], windows: 
         for block in model.layers:  # blocks of one kind and one L share what is compiled
             block.compile(dynamic=False)
 
-    @functools.cache
+    @functools.lru_cache(maxsize=1)  # of several N each has its part of the run, then it is over
     def step_of(loops: int):
         step = make_step(model, optimizers, windows, loops)
         return step if fast == "eager" else capture(step)
@@ -499,9 +500,14 @@ def new_folder(task: str) -> Path:
 def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict, bool]:
     """Options, folder and log header of a run; whether --bench. Exits with 2 if impossible."""
     parser = get_parser()
-    if "--bench" in argv:
-        parser.set_defaults(**BENCH)
     options = vars(parser.parse_args(argv))
+    if options["bench"]:
+        parser.set_defaults(**{name: value for name, value in BENCH.items()
+                               if name not in TASK_OPTIONS or options["task"] == "rule110"})
+        options = vars(parser.parse_args(argv))
+        for name in ("init", "curriculum", "loops_schedule", "eval_loops"):
+            if options[name] is not None:
+                parser.error(f"--{name}: must not be given with --bench")
     out, resume, bench = options.pop("out"), options.pop("resume"), options.pop("bench")
     if resume:
         if len(argv) > 2 or any(re.match("--(?!resume)", argument) for argument in argv):
@@ -526,7 +532,8 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict, bool]:
         if options["fast"] == "auto":
             work = options["steps"] * options["batch"] * model_flops(
                 model, windows_of(task, model.config.window), max(options["loops"]))
-            long = bench or work > LONG and options["eviction"] != "none"  # no two shapes the same
+            # With eviction none no two windows have the same shapes, and compiling never ends.
+            long = (bench or work > LONG) and options["eviction"] != "none"
             options["fast"] = ("eager" if options["device"] == "cpu" else
                                "compile" if long else "graph")
     except ValueError as error:
@@ -604,8 +611,8 @@ def model_flops(model: Hybrid, windows: list[Window], loops: int) -> float:
 
     2 in the forward and 4 in the backward pass; the products of a mixer among the L tokens of the
     window (L x L, masked or not) and with S count alike. The last block of the last pass asleep
-    only has to write S. Not counted: what is no matrix product, the optimizers, and what
-    --recompute computes again.
+    only has to write S. Not counted: keys kept from earlier windows, what is no matrix product, the
+    optimizers, and what --recompute computes again.
     """
     c, total = model.config, 0
     i, j = c.loop_blocks
@@ -614,8 +621,9 @@ def model_flops(model: Hybrid, windows: list[Window], loops: int) -> float:
         for start, stop, scored in windows:
             L = stop - start
             N = loops if i <= b < j and scored == (c.sleep_at == "wake") else 1
-            # q k^T, P v; or q k^T, k k^T, P U, T R and the three products with S
-            mixer = c.d_model * (2 * L if kind == "a" else 4 * L + 3 * c.d_model // c.n_head)
+            # q k^T, P v; or q k^T, k k^T, P U, T R in pieces and the three products with S
+            piece = -(-L // -(-L // PIECE))
+            mixer = c.d_model * (2 * L if kind == "a" else 4 * piece + 3 * c.d_model // c.n_head)
             spared = 0
             if block is model.layers[-1] and not scored:
                 spared = matrices + (mixer if kind == "a" else -block.mixer.qkv.weight.numel())
@@ -830,10 +838,13 @@ def bench_use(options: argparse.Namespace, loops: int) -> dict:
     model.to(options.device)
     L = model.config.window
     window = torch.randint(task.vocab_size, (1, L), device=options.device)
-    begun = evict(sleep(model, window, model.empty_memory(1), loops))
+    asleep, awake = (loops, 1) if options.sleep_at == "sleep" else (1, loops)
+    begun = evict(sleep(model, window, model.empty_memory(1), asleep), model.config.keep)
     half = wake(model, window[:, :(L + 1) // 2], begun)[1]
-    return {"wake_ms": 1e3 * timed(lambda: wake(model, window[:, :1], half), options.device, 99),
-            "sleep_ms": 1e3 * timed(lambda: sleep(model, window, begun, loops), options.device, 20)}
+    return {"wake_ms": 1e3 * timed(lambda: wake(model, window[:, :1], half, awake),
+                                   options.device, 99),
+            "sleep_ms": 1e3 * timed(lambda: sleep(model, window, begun, asleep),
+                                    options.device, 20)}
 
 
 @torch.no_grad()
@@ -850,9 +861,10 @@ def bench_bytes(options: argparse.Namespace, contexts=(1, 10, 100, 1000)):
         memory = wake(model, tokens, memory)[1]
         if windows == 1:
             keys = sum(x.nbytes for kept in memory.cache if isinstance(kept, Cache) for x in kept)
+            first = memory.bytes()["cache"]
         if windows in contexts:
             yield {"windows": windows, "tokens": windows * L, **memory.bytes(),
-                   "never_evicted": memory.bytes()["cache"] + (windows - 1) * keys}
+                   "never_evicted": first + (windows - 1) * keys}
         memory = evict(memory, model.config.keep)
 
 
@@ -863,16 +875,17 @@ def run_bench(options: argparse.Namespace, folder: Path, header: dict, stop: thr
     L, log, loops = model.config.window, [{"matrix_rate": rate}], options.loops
     print(f"peak    {rate:.3g} FLOP/s, measured: the product of two large matrices in "
           f"{options.dtype}\n        share = model FLOPs / peak; model FLOPs = 6 x weights x "
-          "tokens x passes, and the mixers' products\n        ready: seconds from the start of a "
-          "row until its step is compiled and recorded\n")
+          "tokens x passes, and the mixers' products\n        first step, ready: seconds until the "
+          "first step is done, until its graph is recorded;\n        later rows find compiled what "
+          "an earlier row compiled\n")
     print(f"{'N':>3}{'L':>5}{'recompute':>11}{'ms/step':>10}{'tokens/s':>12}{'share':>8}"
           f"{'peak MiB':>10}{'first step':>12}{'ready':>9}{'wake ms':>9}{'sleep ms':>10}")
-    lengths = sorted({max(1, L // 4), max(1, L // 2), 2 * L, task.length} - {L})
+    shortest = 2 if options.eviction == "sliding" else 1
+    lengths = sorted({length for length in (L // 4, L // 2, 2 * L, task.length)
+                      if shortest <= length <= task.length and length != L})
     points = ([(n, L, options.recompute) for n in loops] + [(max(loops), L, True)]
-              + [(1, length, False) for length in lengths])
-    for n, window, recompute in points:
-        if stop.is_set():
-            raise Halt(130, f"stopped; the rows so far are in {folder / 'log.jsonl'}")
+              + [(1, length, options.recompute) for length in lengths])
+    for n, window, recompute in dict.fromkeys(points):
         point = argparse.Namespace(**vars(options) | {"window": window, "recompute": recompute})
         with uncompiled(options.fast):
             use = bench_use(point, n)
@@ -884,6 +897,8 @@ def run_bench(options: argparse.Namespace, folder: Path, header: dict, stop: thr
               "{memory:>10}{first_step_s:10.1f} s{ready_s:7.1f} s{wake_ms:9.2f}{sleep_ms:10.2f}"
               .format(**row), flush=True)
         write_log(folder, header, log)
+        if stop.is_set():
+            raise Halt(130, f"stopped; the rows so far are in {folder / 'log.jsonl'}")
     print(f"\n{'windows':>8}{'tokens':>9}{'S, bytes':>12}{'cache, bytes':>14}"
           f"{'never evicted':>15}")
     with uncompiled(options.fast):
@@ -920,7 +935,7 @@ def main(argv: list[str] | None = None) -> int:
                 and "allocate memory" not in str(error):
             raise
         print("train.py: error: not enough memory for this --batch, --eval_size, model or task; "
-              "smaller ones must do", file=sys.stderr)
+              "smaller ones must do, or --recompute", file=sys.stderr)
         return 2
     finally:
         signal.signal(signal.SIGINT, default)
