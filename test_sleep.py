@@ -1201,6 +1201,9 @@ def test_bench_shows_what_the_readme_says(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main(command)
     assert "new or an empty folder for --bench" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(tmp_path / "bench")])
+    assert "must be a folder of a training run" in capsys.readouterr().err
 
 
 def test_fast_needs_a_gpu(tmp_path, capsys):

@@ -412,12 +412,14 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
         if {name: x for name, x in parsed.items() if name not in ("out", "resume", "bench")} \
                 != header["config"] or not {"command", "commit", "hardware"} <= header.keys():
             raise ValueError
-        lost = {f"N{record['loops']}.pt" for record in records
-                if not (folder / f"N{record['loops']}.pt").exists()}
+        lost = {f"N{record['loops']}.pt" for record in records if "bench" not in header
+                and not (folder / f"N{record['loops']}.pt").exists()}
     except (FileNotFoundError, NotADirectoryError):
         parser.error(f"{option} {folder}: must be a folder that train.py wrote; no log.jsonl there")
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         parser.error(f"{option} {folder}: its log.jsonl is damaged or of another version")
+    if "bench" in header:
+        parser.error(f"{option} {folder}: must be a folder of a training run, not of --bench")
     if lost:
         parser.error(f"{option} {folder}: {', '.join(sorted(lost))} must be there, its log has "
                      "results of it")
@@ -541,7 +543,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict, bool]:
     if resume:
         return argparse.Namespace(**options), resume, header, False
 
-    header = make_header(argv, options)
+    header = make_header(argv, options) | ({"bench": True} if bench else {})
     try:
         out = out or new_folder(options["task"])
         out.mkdir(parents=True, exist_ok=True)
