@@ -715,18 +715,17 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 train_loss = check()
                 bar.set_postfix(loss=f"{train_loss:.3f}", exact=f"{records[-1]['exact']:.1%}")
             if evaluating and (not records or records[-1]["step"] < step):
+                others = options.eval_loops or [] if step == options.steps else []
                 with uncompiled(options.fast):
-                    scores = evaluate_levels(model, task, held_out, loops, windows)
+                    scores, *rest = [evaluate_levels(model, task, held_out, n, windows)
+                                     for n in [loops, *others]]
                 if not math.isfinite(scores["loss"]):
                     diverged(step)
                 record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
                           "token_passes": token_passes, "train_loss": train_loss, **scores,
                           "seconds": round(time.time() - began, 2)}
-                if step == options.steps and options.eval_loops:
-                    with uncompiled(options.fast):
-                        others = {n: evaluate_levels(model, task, held_out, n, windows)
-                                  for n in options.eval_loops}
-                    record["eval_loops"] = {n: scores for n, scores in others.items()
+                if others:
+                    record["eval_loops"] = {n: scores for n, scores in zip(others, rest)
                                             if math.isfinite(scores["loss"])}
                 records.append(record)
                 log.append(record)
@@ -874,7 +873,7 @@ def run_bench(options: argparse.Namespace, folder: Path, header: dict, stop: thr
     """The tables of --bench: every N at one L, the largest with --recompute, N = 1 at several L."""
     rate = matrix_rate(options.device, getattr(torch, options.dtype))
     task, model = build(vars(options))
-    L, log, loops = model.config.window, [{"matrix_rate": rate}], options.loops
+    L, log = model.config.window, [{"matrix_rate": rate}]
     print(f"peak    {rate:.3g} FLOP/s, measured: the product of two large matrices in "
           f"{options.dtype}\n        share = model FLOPs / peak; model FLOPs = 6 x weights x "
           "tokens x passes, and the mixers' products\n        first step, ready: seconds until the "
@@ -885,7 +884,8 @@ def run_bench(options: argparse.Namespace, folder: Path, header: dict, stop: thr
     shortest = 2 if options.eviction == "sliding" else 1
     lengths = sorted({length for length in (L // 4, L // 2, 2 * L, task.length)
                       if shortest <= length <= task.length and length != L})
-    points = ([(n, L, options.recompute) for n in loops] + [(max(loops), L, True)]
+    points = ([(n, L, options.recompute) for n in options.loops]
+              + [(max(options.loops), L, True)]
               + [(1, length, options.recompute) for length in lengths])
     for n, window, recompute in dict.fromkeys(points):
         point = argparse.Namespace(**vars(options) | {"window": window, "recompute": recompute})
