@@ -80,20 +80,20 @@ class Config:
 @lru_cache(maxsize=64)
 def _rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
     frequency = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=dtype, device=device) / size)
-    angle = torch.arange(length, dtype=dtype, device=device)[:, None] * frequency
-    return angle.cos(), angle.sin()
+    angle = torch.arange(length, dtype=dtype, device=device)[:, None, None] * frequency
+    return angle.cos(), torch.cat([-angle.sin(), angle.sin()], dim=1)
 
 
 @torch.compiler.assume_constant_result
 def rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
-    """cos and sin, each (length, size / 2), of the rotary angles at positions 0, 1, ..."""
+    """cos (length, 1, size / 2), -sin and sin (length, 2, size / 2) of rotary angles at 0, 1, ..."""
     return _rotation(length, size, dtype, device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i + size/2}) of x (..., length, size) by their position's angles."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    pairs = x.unflatten(-1, (2, -1))
+    return (pairs * cos + pairs.flip(-2) * sin).flatten(-2).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None,
