@@ -461,7 +461,7 @@ def rule_forward(qkv, log_alpha, beta, S, o, after, inverse, L, H,
     T = tl.where(row == column, 1.0, 0.0) - tl.where(row ^ column == 1, A, 0.0)
     for e in tl.static_range(1, 5):  # T: I + A inverted in blocks of 2^e, here of the next size, by
         corner = tl.where((row ^ column) >> e == 1, A, 0.0)  # block substitution: no powers of A
-        T -= tl.dot(tl.dot(T, corner), T)
+        T -= tl.dot(tl.dot(T, corner), T)  # Choice: products on a GPU
     tl.store(inverse + CC, T, row < L)
     was = tl.load(S + VK).to(tl.bfloat16)
     U = dot(T, beta * (v - gamma * dot(k, tl.trans(was))))
