@@ -1530,6 +1530,15 @@ def test_numbers_of_the_readme_are_in_the_logs():
             assert printed == ", ".join(measured), f"{pattern}, N = {n}: {', '.join(measured)}"
 
 
+def test_figures_are_drawn_from_the_logs(tmp_path):
+    """Guards the figures: the logs draw each one that the README shows."""
+    pytest.importorskip("matplotlib")
+    subprocess.run([sys.executable, HERE / "results/plot.py", tmp_path], check=True)
+    shown = set(re.findall(r"\]\(results/(\S+\.svg)\)", README))
+    assert shown and {path.name for path in tmp_path.iterdir()} == shown
+    assert all((HERE / "results" / name).exists() for name in shown)
+
+
 def bench_rows():
     """The rows of the README's table of speed, from the logs of --bench."""
     for name, device in (("h100", "H100"), ("cpu", "two CPU cores")):
