@@ -86,7 +86,7 @@ def _rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
 
 @torch.compiler.assume_constant_result
 def rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
-    """cos (length, 1, size / 2), -sin and sin (length, 2, size / 2) of rotary angles at 0, 1, ..."""
+    """cos (length, 1, size / 2); -sin, sin (length, 2, size / 2) of rotary angles at 0, 1, ..."""
     return _rotation(length, size, dtype, device)
 
 

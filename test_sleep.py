@@ -1094,6 +1094,28 @@ def test_curriculum_and_schedule(tmp_path):
     assert records[-1]["token_passes"] == 8 * (8 * (1 + 2 + 4) + 3 * 2)
 
 
+def test_random_loops_and_seen_batches(tmp_path, capsys):
+    """Guards two promises: N is a function of (seed, step); `seen` are the first batches read."""
+    parse = train.get_parser().parse_args
+    arguments = "--loops 2 --loops_schedule 1,2 --loops_random"
+    one, two = (parse([*TINY, *arguments.split(), f"--seed={seed}"]) for seed in (1, 2))
+    drawn = [[train.passes_of(options, step, 2) for step in range(200)]
+             for options in (one, one, two)]
+    assert drawn[0] == drawn[1] != drawn[2] and 70 < drawn[0].count(1) < 130
+    _, records = run_of(tmp_path, "run", arguments + " --steps 6 --batch 4 --eval_size 16")
+    asleep = sum(train.passes_of(parse([*TINY, *arguments.split()]), step, 2) for step in range(6))
+    assert records[-1]["token_passes"] == 4 * (8 * asleep + 6 * 2)
+    assert "seen" in records[-1] and "seen" not in records[0]
+    assert "loops_random: must come with" in refused(
+        capsys, [*TINY, "--loops_random", f"--out={tmp_path / 'new'}"])
+    one.batch, one.eval_size, one.steps = 4, 7, 9
+    tokens, targets = train.seen(Rule110(4, 2, 1), one)
+    data = train.batches(Rule110(4, 2, 1), one, 0)
+    for i in range(0, 8, 4):
+        assert all(torch.equal(a, b[i:i + 4]) for a, b in zip(next(data), (tokens, targets)))
+    assert len(tokens) == len(targets) == 8
+
+
 def test_evaluation_with_other_loops_and_by_level(tmp_path):
     """Guards --eval_loops and the levels: another N is used, the mean is that of the levels."""
     folder, records = run_of(tmp_path, "run", "--loops 2 --eval_loops 1,2 --lr 0.1")
@@ -1267,7 +1289,8 @@ def gpu_run(folder, fast, *options):
 @cuda
 @pytest.mark.parametrize("fast, options", [
     ("graph", []), ("graph", ["--loops_schedule=1,2"]), ("graph", ["--eviction=sliding"]),
-    ("graph", ["--recompute"]), ("graph", ["--layout=asmas", "--train=new"]), ("compile", []),
+    ("graph", ["--loops_schedule=1,2", "--loops_random"]), ("graph", ["--recompute"]),
+    ("graph", ["--layout=asmas", "--train=new"]), ("compile", []),
     ("compile", ["--loops_schedule=1,2", "--eviction=sliding", "--recompute"])])
 def test_fast_steps_equal_eager_steps(tmp_path, monkeypatch, fast, options):
     """Guards the captured step: the same losses over 20 steps, also when resumed in the middle."""

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import itertools
 import json
 import math
 import os
@@ -48,7 +49,7 @@ TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults 
     "modulus": "gsm: a prime; answers are 0 to modulus - 1 (11)",
     "variables": "gsm: names for variables (26)",
     "question": "gsm: asked first or last (first)"}
-TRAIN, EVAL = 0, 1  # streams of random numbers
+TRAIN, EVAL, PASSES = 0, 1, 2  # streams of random numbers
 CHUNK = 64          # training batches drawn in one call
 MOST = 2**31 - 1    # as an option's value
 UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError,
@@ -148,6 +149,8 @@ def get_parser() -> argparse.ArgumentParser:
                        help="wake: spend the N passes in the scored windows instead")
     sleep.add_argument("--loops_schedule", type=several, metavar="N[,N...]",
                        help="train with these passes in equal parts of the run; None: N throughout")
+    sleep.add_argument("--loops_random", action=argparse.BooleanOptionalAction, default=False,
+                       help="take one of --loops_schedule at random in each step instead")
     sleep.add_argument("--eval_loops", type=several, metavar="N[,N...]",
                        help="at the end, evaluate with other numbers of passes as well")
     run = p.add_argument_group("training")
@@ -311,7 +314,7 @@ def fast_steps(model: Hybrid, optimizers: list[torch.optim.Optimizer], windows: 
         for block in model.layers:  # blocks of one kind and one L share what is compiled
             block.compile(dynamic=False)
 
-    @functools.lru_cache(maxsize=1)  # of several N each has its part of the run, then it is over
+    @functools.cache  # of several N each has its recording
     def step_of(loops: int):
         step = make_step(model, optimizers, windows, loops)
         return step if fast == "eager" else capture(step)
@@ -342,6 +345,15 @@ def batches(task, options: argparse.Namespace, step: int):
         for i in range(first, size):
             yield tuple(x[i * options.batch:(i + 1) * options.batch] for x in data)
         step = (chunk + 1) * size
+
+
+def seen(task, options: argparse.Namespace) -> list[Tensor]:
+    """The first training batches, for a last look: do they fare better than held-out sequences?
+
+    Of the training mixture, so only a task that is evaluated at all its levels (rule110) compares.
+    """
+    steps = min(options.steps, -(-options.eval_size // options.batch))
+    return [torch.cat(x) for x in zip(*itertools.islice(batches(task, options, 0), steps))]
 
 
 @torch.no_grad()
@@ -483,6 +495,8 @@ def build(options: dict):
     if options["loops_schedule"] and options["loops"] != options["loops_schedule"][-1:]:
         schedule = ",".join(map(str, options["loops_schedule"]))
         raise ValueError(f"loops_schedule {schedule}: must end in the only N of --loops")
+    if options["loops_random"] and not options["loops_schedule"]:
+        raise ValueError("loops_random: must come with --loops_schedule")
     torch.manual_seed(options["seed"])
     return task, Hybrid(Config(**{"vocab_size": task.vocab_size, "window": task.window, **model}))
 
@@ -634,6 +648,15 @@ def model_flops(model: Hybrid, windows: list[Window], loops: int) -> float:
         stop - start for start, stop, scored in windows if scored)
 
 
+def passes_of(options: argparse.Namespace, step: int, loops: int) -> int:
+    """The N that this step trains with."""
+    values = options.loops_schedule
+    if options.loops_random:
+        draw = generator(options.seed, PASSES, step)
+        return values[torch.randint(len(values), (), generator=draw).item()]
+    return stage(values, step, options.steps, loops)
+
+
 def line(record: dict) -> str:
     """One evaluation, to be read and to be grepped."""
     text = ("N {loops:<2d} step {step:6d}  tokens {tokens:.2e}  loss {loss:.4f}  bit {bit:7.2%}  "
@@ -642,6 +665,8 @@ def line(record: dict) -> str:
         if name in record:
             text += f"\n     exact by {name}: " + "  ".join(
                 f"{key}: {scores['exact']:.1%}" for key, scores in record[name].items())
+    if "seen" in record:
+        text += f"\n     exact on the first training batches: {record['seen']['exact']:.1%}"
     return text
 
 
@@ -715,10 +740,13 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 train_loss = check()
                 bar.set_postfix(loss=f"{train_loss:.3f}", exact=f"{records[-1]['exact']:.1%}")
             if evaluating and (not records or records[-1]["step"] < step):
-                others = options.eval_loops or [] if step == options.steps else []
+                last = step == options.steps
+                others = options.eval_loops or [] if last else []
                 with uncompiled(options.fast):
                     scores, *rest = [evaluate_levels(model, task, held_out, n, windows)
                                      for n in [loops, *others]]
+                    again = last and step > 0 and evaluate(model, *seen(task, options), loops,
+                                                           windows)
                 if not math.isfinite(scores["loss"]):
                     diverged(step)
                 record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
@@ -727,6 +755,8 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 if others:
                     record["eval_loops"] = {n: scores for n, scores in zip(others, rest)
                                             if math.isfinite(scores["loss"])}
+                if again:
+                    record["seen"] = again
                 records.append(record)
                 log.append(record)
                 tqdm.write(line(record))
@@ -739,7 +769,7 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 break
 
             tokens, targets = next(data)
-            N = stage(options.loops_schedule, step, options.steps, loops)
+            N = passes_of(options, step, loops)
             for group, rate in zip(groups, rates):
                 group["lr"].fill_(rate * lr_factor(step, options.steps))
             unchecked.append(step_of(N)(tokens, targets))

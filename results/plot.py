@@ -30,7 +30,7 @@ def band(axis, curves: list[list[tuple[float, float]]], colour: str, label: str)
     x = [point[0] for point in curves[0]]
     y = [[point[1] for point in at] for at in zip(*curves, strict=True)]
     axis.plot(x, [sum(at) / len(at) for at in y], color=colour, label=label)
-    axis.fill_between(x, [min(at) for at in y], [max(at) for at in y], color=colour, alpha=0.2, lw=0)
+    axis.fill_between(x, [*map(min, y)], [*map(max, y)], color=colour, alpha=0.2, lw=0)
 
 
 def laptop(figure):
