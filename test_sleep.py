@@ -1094,26 +1094,34 @@ def test_curriculum_and_schedule(tmp_path):
     assert records[-1]["token_passes"] == 8 * (8 * (1 + 2 + 4) + 3 * 2)
 
 
-def test_random_loops_and_seen_batches(tmp_path, capsys):
-    """Guards two promises: N is a function of (seed, step); `seen` are the first batches read."""
+def test_random_loops_and_seen_batches(tmp_path, capsys, monkeypatch):
+    """Guards two promises: N is a function of (seed, step); `seen` are the first sequences read."""
     parse = train.get_parser().parse_args
     arguments = "--loops 2 --loops_schedule 1,2 --loops_random"
     one, two = (parse([*TINY, *arguments.split(), f"--seed={seed}"]) for seed in (1, 2))
     drawn = [[train.passes_of(options, step, 2) for step in range(200)]
              for options in (one, one, two)]
     assert drawn[0] == drawn[1] != drawn[2] and 70 < drawn[0].count(1) < 130
+    used, algorithm = [], train.algorithm1
+
+    def recording(model, tokens, targets, loops, windows):
+        used.append((loops, tokens, torch.is_grad_enabled()))
+        return algorithm(model, tokens, targets, loops, windows)
+
+    monkeypatch.setattr(train, "algorithm1", recording)
     _, records = run_of(tmp_path, "run", arguments + " --steps 6 --batch 4 --eval_size 16")
-    asleep = sum(train.passes_of(parse([*TINY, *arguments.split()]), step, 2) for step in range(6))
-    assert records[-1]["token_passes"] == 4 * (8 * asleep + 6 * 2)
+    trained = [(loops, tokens) for loops, tokens, training in used if training]
+    assert [loops for loops, _ in trained] == drawn[0][:6] and {1, 2} == set(drawn[0][:6])
+    assert records[-1]["token_passes"] == 4 * (8 * sum(drawn[0][:6]) + 6 * 2)
     assert "seen" in records[-1] and "seen" not in records[0]
+    assert torch.equal(used[-1][1], torch.cat([tokens for _, tokens in trained[:4]]))
     assert "loops_random: must come with" in refused(
         capsys, [*TINY, "--loops_random", f"--out={tmp_path / 'new'}"])
-    one.batch, one.eval_size, one.steps = 4, 7, 9
-    tokens, targets = train.seen(Rule110(4, 2, 1), one)
+    one.batch, one.steps = 4, 9
+    tokens, targets = train.seen(Rule110(4, 2, 1), one, 7)
     data = train.batches(Rule110(4, 2, 1), one, 0)
-    for i in range(0, 8, 4):
-        assert all(torch.equal(a, b[i:i + 4]) for a, b in zip(next(data), (tokens, targets)))
-    assert len(tokens) == len(targets) == 8
+    expected = [torch.cat(pair)[:7] for pair in zip(next(data), next(data))]
+    assert torch.equal(tokens, expected[0]) and torch.equal(targets, expected[1])
 
 
 def test_evaluation_with_other_loops_and_by_level(tmp_path):
@@ -1542,9 +1550,15 @@ def test_numbers_of_the_readme_are_in_the_logs():
     for arguments, numbers, pattern in rows:
         options = vars(train.get_parser().parse_args(arguments.split()))
         train.build(options | {"init": None, "train": "all", "dtype": "float32"})
-        logs = [map(json.loads, path.read_text().splitlines()[1:])
+        logs = [[*map(json.loads, path.read_text().splitlines())]
                 for path in sorted(HERE.glob(pattern))]
-        last = [{record["loops"]: record for record in log} for log in logs]
+        free = set("seed out init device dtype fast loops eval_loops eval_every".split())
+        for header, *_ in logs:
+            asked = {name: value for name, value in options.items() if value is not None}
+            assert all(header["config"].get(name, value) == value
+                       for name, value in asked.items() if name not in free), (arguments, pattern)
+            assert set(header["config"]["loops"]) <= set(options["loops"]), (arguments, pattern)
+        last = [{record["loops"]: record for record in log} for _, *log in logs]
         for n, printed in re.findall(r"N = (\d+): ([\d.,/ ]+)", numbers):
             records = [log[int(n)] for log in last if int(n) in log]
             scores = [list(record.get("levels", {0: record}).values()) for record in records]

@@ -57,11 +57,11 @@ UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, 
 CHECK_EVERY = 10    # steps between looks at the loss, each of which waits for the device
 FAST = {"eager": "a step as written; a CPU would gain nothing from more",
         "graph": "a step recorded once and replayed; compiling only pays in a long run",
-        "compile": "blocks compiled, a step recorded once and replayed; a minute, for a long run"}
+        "compile": "blocks compiled, a step recorded once and replayed; for a long run"}
 LONG = 5e15         # model FLOPs of a run that earns it
 BENCH = {"layout": "asas", "d_model": 256, "loops": [1, 2, 4, 8], "batch": None,
          "cells": 24, "states": 4}  # what --bench measures if not told: the paper's size
-BENCH_SECONDS = 4.0  # of training in each row
+BENCH_SECONDS, BENCH_STEPS = 4.0, 5  # of training in each row, at least
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -181,7 +181,7 @@ def get_parser() -> argparse.ArgumentParser:
                           "bfloat16 is slow. Parameters and fast weights are always float32")
     run.add_argument("--fast", choices=["auto", *FAST], default="auto",
                      help="eager: as written; graph: on cuda, record a step once and replay it; "
-                          "compile: compile its blocks as well, which takes most of a minute. "
+                          "compile: compile its blocks as well, which takes half a minute or more. "
                           "auto: eager on a CPU; on cuda graph for short runs, compile for long")
     run.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=False,
                      help="make activations again in the backward pass, window by window and "
@@ -307,14 +307,17 @@ def capture(step, warm_up: int = 3):
 
 
 def fast_steps(model: Hybrid, optimizers: list[torch.optim.Optimizer], windows: list[Window],
-               fast: str):
-    """-> step_of(N), the training step with N passes, as fast as --fast asks."""
+               fast: str, kept: int = 1):
+    """-> step_of(N), the training step with N passes, as fast as --fast asks.
+
+    `kept` N keep their recording, and the memory it works in, at once.
+    """
     if fast == "compile":
         torch._dynamo.config.recompile_limit = 64  # of forms a block takes: kind, L, what is needed
         for block in model.layers:  # blocks of one kind and one L share what is compiled
             block.compile(dynamic=False)
 
-    @functools.cache  # of several N each has its recording
+    @functools.lru_cache(maxsize=kept)
     def step_of(loops: int):
         step = make_step(model, optimizers, windows, loops)
         return step if fast == "eager" else capture(step)
@@ -347,13 +350,13 @@ def batches(task, options: argparse.Namespace, step: int):
         step = (chunk + 1) * size
 
 
-def seen(task, options: argparse.Namespace) -> list[Tensor]:
-    """The first training batches, for a last look: do they fare better than held-out sequences?
+def seen(task, options: argparse.Namespace, size: int) -> list[Tensor]:
+    """The first sequences trained on, at most `size`: do they fare better than held-out ones?
 
-    Of the training mixture, so only a task that is evaluated at all its levels (rule110) compares.
+    They are of the training mixture, which for depo is easier than what is evaluated.
     """
-    steps = min(options.steps, -(-options.eval_size // options.batch))
-    return [torch.cat(x) for x in zip(*itertools.islice(batches(task, options, 0), steps))]
+    steps = min(options.steps, -(-size // options.batch))
+    return [torch.cat(x)[:size] for x in zip(*itertools.islice(batches(task, options, 0), steps))]
 
 
 @torch.no_grad()
@@ -495,7 +498,7 @@ def build(options: dict):
     if options["loops_schedule"] and options["loops"] != options["loops_schedule"][-1:]:
         schedule = ",".join(map(str, options["loops_schedule"]))
         raise ValueError(f"loops_schedule {schedule}: must end in the only N of --loops")
-    if options["loops_random"] and not options["loops_schedule"]:
+    if options.get("loops_random") and not options["loops_schedule"]:
         raise ValueError("loops_random: must come with --loops_schedule")
     torch.manual_seed(options["seed"])
     return task, Hybrid(Config(**{"vocab_size": task.vocab_size, "window": task.window, **model}))
@@ -521,8 +524,8 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict, bool]:
         parser.set_defaults(**{name: value for name, value in BENCH.items()
                                if name not in TASK_OPTIONS or options["task"] == "rule110"})
         options = vars(parser.parse_args(argv))
-        for name in ("init", "curriculum", "loops_schedule", "eval_loops"):
-            if options[name] is not None:
+        for name in ("init", "curriculum", "loops_schedule", "loops_random", "eval_loops"):
+            if options[name]:
                 parser.error(f"--{name}: must not be given with --bench")
     out, resume, bench = options.pop("out"), options.pop("resume"), options.pop("bench")
     if resume:
@@ -666,7 +669,7 @@ def line(record: dict) -> str:
             text += f"\n     exact by {name}: " + "  ".join(
                 f"{key}: {scores['exact']:.1%}" for key, scores in record[name].items())
     if "seen" in record:
-        text += f"\n     exact on the first training batches: {record['seen']['exact']:.1%}"
+        text += f"\n     exact on the first sequences trained on: {record['seen']['exact']:.1%}"
     return text
 
 
@@ -701,7 +704,8 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
     held_out = {level: task.batch(size, generator(0, EVAL, i, options.device), "held-out", level)
                 for i, level in enumerate(levels)}
     windows = windows_of(task, model.config.window)
-    step_of = fast_steps(model, optimizers, windows, options.fast)
+    step_of = fast_steps(model, optimizers, windows, options.fast,
+                         len(options.loops_schedule) if options.loops_random else 1)
     tokens_a_step = options.batch * task.length
     began = time.time() - seconds
     unchecked = []  # losses and gradient norms that are still on the device
@@ -740,13 +744,13 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 train_loss = check()
                 bar.set_postfix(loss=f"{train_loss:.3f}", exact=f"{records[-1]['exact']:.1%}")
             if evaluating and (not records or records[-1]["step"] < step):
-                last = step == options.steps
+                last, again = step == options.steps, None
                 others = options.eval_loops or [] if last else []
                 with uncompiled(options.fast):
                     scores, *rest = [evaluate_levels(model, task, held_out, n, windows)
                                      for n in [loops, *others]]
-                    again = last and step > 0 and evaluate(model, *seen(task, options), loops,
-                                                           windows)
+                    if last and step > 0 and not options.curriculum:
+                        again = evaluate(model, *seen(task, options, size), loops, windows)
                 if not math.isfinite(scores["loss"]):
                     diverged(step)
                 record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
@@ -755,7 +759,7 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 if others:
                     record["eval_loops"] = {n: scores for n, scores in zip(others, rest)
                                             if math.isfinite(scores["loss"])}
-                if again:
+                if again and math.isfinite(again["loss"]):
                     record["seen"] = again
                 records.append(record)
                 log.append(record)
@@ -847,7 +851,7 @@ def bench_training(options: argparse.Namespace, loops: int) -> dict:
     for _ in range(4 if device == "cuda" else 1):  # up to and beyond the capture
         step(*next(data)).tolist()
     ready, steps, spent, began = time.perf_counter() - began, 0, 0, time.perf_counter()
-    while steps == 0 or spent < BENCH_SECONDS:
+    while steps < BENCH_STEPS or spent < BENCH_SECONDS:
         for _ in range(CHECK_EVERY if device == "cuda" else 1):
             values = step(*next(data))
             steps += 1
