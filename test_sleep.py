@@ -1381,7 +1381,7 @@ def test_command_line_run(tmp_path):
     for number in (1, 2):
         run = command(*TINY, "--steps", "4", "--eval_every", "2", cwd=tmp_path)
         assert run.returncode == 0 and run.stderr == ""
-        assert run.stdout.count("exact") == 1 + 2 * 3 + 1 and "the floor" in run.stdout
+        assert run.stdout.count("exact") == 1 + 2 * (3 + 1) + 1 and "the floor" in run.stdout
         header, *records = lines_of(tmp_path / f"out/rule110-00{number}")
         assert set(header) == {"commit", "versions", "hardware", "config"}
         assert [(r["loops"], r["step"]) for r in records] == [*product([1, 2], [0, 2, 4])]
