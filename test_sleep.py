@@ -930,20 +930,25 @@ def test_same_seed_same_numbers_and_evaluation_disturbs_nothing(tmp_path):
     assert not same_weights(weights["a"], weights["seed"])
 
 
+def interrupt(patch, step):
+    """Ctrl-C in the step-th training step, counted over every N."""
+    calls, factor = iter(range(1, 100)), train.lr_factor  # called twice a step, for two optimizers
+
+    def interrupting(*arguments):
+        if next(calls) == 2 * step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return factor(*arguments)
+
+    patch.setattr(train, "lr_factor", interrupting)
+
+
 @pytest.mark.parametrize("loops, stop_after", [(1, 3), (1, 10), (2, 7)])
 def test_resume_is_exact(tmp_path, monkeypatch, capsys, loops, stop_after):
     """Guards --resume: Ctrl-C after any step, in either model, then on: bitwise the same."""
     base = [*TINY, "--steps", "10", "--eval_every", "4", "--loops", "1,2"]
     assert train.main([*base, "--out", str(tmp_path / "whole")]) == 0
-    calls, factor = iter(range(1, 100)), train.lr_factor  # called twice a step, for two optimizers
-
-    def interrupting(step, steps):
-        if next(calls) == 2 * (10 * (loops - 1) + stop_after):
-            os.kill(os.getpid(), signal.SIGINT)
-        return factor(step, steps)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "lr_factor", interrupting)
+        interrupt(patch, 10 * (loops - 1) + stop_after)
         assert train.main([*base, "--out", str(tmp_path / "cut")]) == 130
     assert f"--resume {tmp_path / 'cut'}" in capsys.readouterr().err
     saved = torch.load(tmp_path / f"cut/N{loops}.pt", weights_only=True)
@@ -1217,7 +1222,7 @@ def test_bench_shows_what_the_readme_says(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "BENCH_SECONDS", 1e-9)
     command = ["--bench", *TINY, "--states=2", "--loops=1,2", f"--out={tmp_path / 'bench'}"]
     assert train.main(command) == 0
-    header, rate, *rows = map(json.loads, (tmp_path / "bench/log.jsonl").read_text().splitlines())
+    header, rate, *rows = lines_of(tmp_path / "bench")
     speed, memory = rows[:-4], rows[-4:]
     assert rate["matrix_rate"] > 0 and header["config"]["layout"] == "asas"
     assert [(row["loops"], row["window"], row["recompute"]) for row in speed] == [
@@ -1291,7 +1296,7 @@ def gpu_run(folder, fast, *options):
     assert train.main(["--layout=asas", "--d_model=64", "--steps=20", "--eval_every=5",
                        "--batch=64", "--loops=2", "--device=cuda", f"--fast={fast}",
                        f"--out={folder}", *options]) == 0
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
+    return lines_of(folder)[1:]
 
 
 @cuda
@@ -1308,15 +1313,8 @@ def test_fast_steps_equal_eager_steps(tmp_path, monkeypatch, fast, options):
     eager = gpu_run(tmp_path / "eager", "eager", *options)
     ours = gpu_run(tmp_path / fast, fast, *options)
     assert eager[-1]["loss"] < eager[0]["loss"]
-    factor, once = train.lr_factor, iter([True])
-
-    def interrupting(step, steps):
-        if step == 9 and next(once, False):
-            os.kill(os.getpid(), signal.SIGINT)
-        return factor(step, steps)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "lr_factor", interrupting)
+        interrupt(patch, 10)
         with pytest.raises(AssertionError):
             gpu_run(tmp_path / "resumed", fast, *options)
     assert torch.load(tmp_path / "resumed/N2.pt", weights_only=True)["step"] == 10
