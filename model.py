@@ -331,6 +331,7 @@ class Hybrid(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.d_model))
+        self.position = nn.Parameter(0.5 * torch.randn(config.window, config.d_model))
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layout)  # Eq. (4), (5)
         self.out = Matrices(config.d_model, config.vocab_size)
         nn.init.zeros_(self.out.weight)  # Choice: start values
@@ -345,9 +346,17 @@ class Hybrid(nn.Module):
             for kind in c.layout)
         return Memory((None,) * len(c.layout), S)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) -> h (B, L, d). A product: the gradient of a lookup would have to sort."""
-        return F.one_hot(tokens, len(self.embedding)).to(self.embedding.dtype) @ self.embedding
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """tokens (B, L), the first of them at `start` in its window -> h (B, L, d).
+
+        A product: the gradient of a lookup would have to sort. Raises ValueError if the window
+        ends before the tokens do.
+        """
+        stop = start + tokens.shape[1]
+        if stop > len(self.position):
+            raise ValueError(f"tokens: must end at {len(self.position)}, with the window, not {stop}")
+        one_hot = F.one_hot(tokens, len(self.embedding)).to(self.embedding.dtype)
+        return one_hot @ self.embedding + self.position[start:stop]  # Choice: position in the window
 
     def blocks(self, h: Tensor, memory: Memory, start: int, stop: int, need_h: bool = True,
                need_cache: bool = True) -> tuple[Tensor | None, Memory]:

@@ -159,7 +159,8 @@ def literal_algorithm1(model, tokens, targets, loops):
         window, scored = tokens[:, :L], targets[:, :L]
         tokens, targets = tokens[:, L:], targets[:, L:]
         consolidation = (scored == IGNORE).all()
-        embedded, S, new_past = literal_blocks(model, model.embedding[window], S, past, 0, i)
+        embedded, S, new_past = literal_blocks(
+            model, model.embedding[window] + model.position[:window.shape[1]], S, past, 0, i)
         h, S_before = embedded, S
         for n in range(loops if consolidation == (c.sleep_at == "sleep") else 1):
             if c.carry == "embed":
@@ -305,8 +306,8 @@ def test_one_loop_repeats_the_provisional_state():
     """Guards "the S read awake is provisional; for N = 1 sleep computes it again"."""
     model, window = hybrid(), torch.randint(3, (2, 5))
     start = memory = model.empty_memory(2)
-    for token in window.T:
-        _, memory = wake(model, token[:, None], memory)
+    for t, token in enumerate(window.T):
+        _, memory = wake(model, token[:, None], memory, start=t)
     slept = [sleep(model, window, start, loops).S[1] for loops in (1, 2)]
     torch.testing.assert_close(slept[0], memory.S[1])
     assert (slept[1] - memory.S[1]).abs().max() > 1e-3
@@ -317,7 +318,8 @@ def test_one_loop_with_a_cache_is_one_long_reading(eviction):
     """Guards the sliding window: N = 1 is sliding-window attention and SSM over the whole text."""
     model, (tokens, targets) = hybrid(eviction=eviction), sequences()
     memory = model.empty_memory(len(tokens))
-    h, *_ = literal_blocks(model, model.embed(tokens), memory.S, [None] * 4)
+    h = torch.cat([model.embed(window) for window in tokens.split(5, dim=1)], dim=1)
+    h, *_ = literal_blocks(model, h, memory.S, [None] * 4)
     logits = literal_norm(h) @ model.out.weight[0].T
     torch.testing.assert_close(algorithm1(model, tokens, targets, 1)[1], logits[:, -3:])
 
@@ -383,7 +385,7 @@ def test_gradients_reach_sleep_through_S_only():
     model, window, query = hybrid(), torch.randint(3, (1, 5)), torch.tensor([[2]])
     for attached in (True, False):
         embedded, embed = [], Hybrid.embed
-        model.embed = lambda tokens: embedded.append(embed(model, tokens)) or embedded[-1]
+        model.embed = lambda *inputs: embedded.append(embed(model, *inputs)) or embedded[-1]
         memory = evict(sleep(model, window, model.empty_memory(1), 2))
         if not attached:
             memory = Memory(memory.cache, tuple(S if S is None else S.detach() for S in memory.S))
@@ -871,7 +873,8 @@ def test_every_parameter_is_in_one_group():
     ids = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
     assert sorted(sum(ids, [])) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[i].split(".")[-1] for i in ids[1]} == {"embedding", "weight", "A_log", "dt_bias"}
+    assert {names[i].split(".")[-1] for i in ids[1]} == {
+        "embedding", "position", "weight", "A_log", "dt_bias"}
     assert all(group["weight_decay"] == 0 for group in optimizers[1].param_groups)
 
 
@@ -898,6 +901,7 @@ def test_start_values_survive_construction():
     layer = model.layers[0].mixer
     assert isinstance(layer, GatedDeltaNet)
     assert 0.9 < model.embedding.std() < 1.1 and not model.out.weight.any()
+    assert 0.45 < model.position.std() < 0.55
     A, dt = layer.A_log.exp(), F.softplus(layer.dt_bias)
     assert 0.01 <= A.min() < 1 < 15 < A.max() <= 16
     assert 1e-3 * 0.999 <= dt.min() < 2e-3 and 5e-2 < dt.max() <= 1e-1 * 1.001
@@ -1063,6 +1067,7 @@ def test_inserted_memories_start_as_the_identity(tmp_path, capsys):
     assert more[-1]["step"] == 3
     old, new = weights_of(looped, 2), weights_of(grafted, 2)
     moved = {name: name.replace("layers.1.", "layers.2.") for name in old}
+    old["position"] = old["position"][:4]  # a shorter window takes the first positions
     assert all(torch.equal(old[name], new[moved[name]]) for name in old)
     assert new["layers.1.mixer.out.weight"].any()
     options = f"--layout ama --loops 2 --eviction sliding --init {grafted}"
@@ -1076,11 +1081,12 @@ def test_inserted_memories_start_as_the_identity(tmp_path, capsys):
 
 
 def test_init_that_does_not_fit(tmp_path, capsys):
-    """Guards --init: another layout or width, a folder with two models, nothing new to train."""
+    """Guards --init: another layout, width or window, two models, nothing new to train."""
     two, _ = run_of(tmp_path, "two", "--layout aa --loops 1,2")
     for options in (f"{two}", f"{two}/N1.pt", f"{two}/N1.pt --layout aa --d_model 32",
                     f"{two}/N1.pt --layout aa --train new", f"{two}/log.jsonl",
-                    f"{two}/N1.pt --layout aa --n_head 4", f"{two}/N1.pt --layout aaa"):
+                    f"{two}/N1.pt --layout aa --n_head 4", f"{two}/N1.pt --layout aaa",
+                    f"{two}/N1.pt --layout aa --window 9"):
         options = "--init " + options
         assert "must " in refused(capsys, [*TINY, "--out", str(tmp_path / "new"), *options.split()])
     assert not (tmp_path / "new").exists()

@@ -465,6 +465,7 @@ def initialize(model: Hybrid, options: dict) -> list[str] | None:
         kept = [i for i, kind in enumerate(new) if old == new or kind != "m"]
         weights = {re.sub(r"^layers\.(\d+)", lambda match: f"layers.{kept[int(match[1])]}", name): x
                    for name, x in saved["model"].items()}
+        weights["position"] = weights["position"][:model.config.window]
         fresh = model.load_state_dict(weights, strict=False).missing_keys
         if ("".join(new[i] for i in kept) != old
                 or any(int(name.split(".")[1]) in kept for name in fresh)
@@ -472,7 +473,8 @@ def initialize(model: Hybrid, options: dict) -> list[str] | None:
             raise ValueError
     except UNREADABLE:
         raise Halt(2, f"error: --init {options['init']}: must be a checkpoint, or a folder with "
-                      "one, of the same task, width, heads and layout, m blocks aside") from None
+                      "one, of the same task, width, heads and layout, m blocks aside, and of no "
+                      "shorter window") from None
     if options["train"] == "new" and not fresh:
         raise Halt(2, f"error: --train new: must come with m blocks in --layout that {path} lacks")
     return fresh
