@@ -1547,28 +1547,44 @@ def test_tests_of_the_readme_exist():
     assert all("`test_" in row for row in equations)
 
 
+def mean_and_range(values):
+    """[63.1, 57.2] -> "60.2 [57.2, 63.1]"; one value alone as it is."""
+    mean = f"{sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.1f}, {max(values):.1f}]"
+
+
+def experiment(arguments, pattern):
+    """What the table of experiments says of the logs: results, seeds, tokens, minutes."""
+    options = vars(train.get_parser().parse_args(arguments.split()))
+    train.build(options | {"init": None, "train": "all", "dtype": "float32"})
+    logs = [[*map(json.loads, path.read_text().splitlines())] for path in sorted(HERE.glob(pattern))]
+    free = set("seed out init device dtype fast loops eval_loops eval_every".split())
+    for header, *_ in logs:
+        asked = {name: value for name, value in options.items() if value is not None}
+        assert all(header["config"].get(name, value) == value
+                   for name, value in asked.items() if name not in free), (arguments, pattern)
+        assert set(header["config"]["loops"]) <= set(options["loops"]), (arguments, pattern)
+    last = [record for _, *log in logs for record in {r["loops"]: r for r in log}.values()]
+    results, seeds = [], {header["config"]["seed"] for header, *_ in logs}
+    for n in sorted({record["loops"] for record in last}):
+        levels = [list(record.get("levels", {0: record}).values())
+                  for record in last if record["loops"] == n]
+        assert len(levels) == len(seeds), (pattern, n)
+        results.append(f"N = {n}: " + " / ".join(
+            mean_and_range([100 * level["exact"] for level in seeds_at]) for seeds_at in zip(*levels)))
+    tokens, device = {record["tokens"] for record in last}, {header["hardware"] for header, *_ in logs}
+    assert len(tokens) == len(device) == 1, pattern
+    minutes = sum(record["seconds"] for record in last) / 60 / len(seeds)
+    return [f"`{arguments}`", "; ".join(results), f"{len(seeds)}", f"{tokens.pop() / 1e6:.1f}M",
+            f"{minutes:.1f} {'H100' if 'H100' in device.pop() else 'CPU'}", f"`{pattern}`"]
+
+
 def test_numbers_of_the_readme_are_in_the_logs():
-    """Guards honest results: every number of the table of experiments, and its command."""
-    rows = re.findall(r"^\| .* \| `(.*)` \| (N = [^|]*) \| `(results/[^`]*)` \|$", README, re.M)
+    """Guards honest results: the tables of experiments, from the logs; prints rows to correct."""
+    rows = re.findall(r"^(\| .*) \| `(.*)` \| N = .* \| `(results/[^`]*)` \|$", README, re.M)
     assert len(rows) > 15
-    for arguments, numbers, pattern in rows:
-        options = vars(train.get_parser().parse_args(arguments.split()))
-        train.build(options | {"init": None, "train": "all", "dtype": "float32"})
-        logs = [[*map(json.loads, path.read_text().splitlines())]
-                for path in sorted(HERE.glob(pattern))]
-        free = set("seed out init device dtype fast loops eval_loops eval_every".split())
-        for header, *_ in logs:
-            asked = {name: value for name, value in options.items() if value is not None}
-            assert all(header["config"].get(name, value) == value
-                       for name, value in asked.items() if name not in free), (arguments, pattern)
-            assert set(header["config"]["loops"]) <= set(options["loops"]), (arguments, pattern)
-        last = [{record["loops"]: record for record in log} for _, *log in logs]
-        for n, printed in re.findall(r"N = (\d+): ([\d.,/ ]+)", numbers):
-            records = [log[int(n)] for log in last if int(n) in log]
-            scores = [list(record.get("levels", {0: record}).values()) for record in records]
-            measured = [" / ".join(f"{100 * score['exact']:.1f}" for score in levels)
-                        for levels in scores]
-            assert printed == ", ".join(measured), f"{pattern}, N = {n}: {', '.join(measured)}"
+    expected = [" | ".join([first, *experiment(*rest)]) + " |" for first, *rest in rows]
+    assert not [row for row in expected if row not in README], "\n".join(expected)
 
 
 def test_figures_are_drawn_from_the_logs(tmp_path):

@@ -36,7 +36,7 @@ from model import PIECE, Config, Hybrid
 from sleep import Cache, Window, algorithm1, cut, evict, sleep, wake
 
 TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults stand
-    "t": "rule110: steps of the automaton, the difficulty (4; the paper: up to 32)",
+    "t": "rule110: steps of the automaton, the difficulty (5; the paper: up to 32)",
     "cells": "rule110: cells in a state (12; the paper: 24)",
     "states": "rule110: states in a sequence (2; the paper: 4)",
     "automaton": "rule110: number of the elementary rule (110)",
@@ -154,7 +154,7 @@ def get_parser() -> argparse.ArgumentParser:
     sleep.add_argument("--eval_loops", type=several, metavar="N[,N...]",
                        help="at the end, evaluate with other numbers of passes as well")
     run = p.add_argument_group("training")
-    run.add_argument("--steps", type=whole(0), default=1200,
+    run.add_argument("--steps", type=whole(0), default=800,
                      help="optimizer steps; 0 only evaluates")
     run.add_argument("--batch", type=whole(1), default=32, help="sequences a step (the paper: 512)")
     run.add_argument("--muon_lr", type=positive, default=4e-3,

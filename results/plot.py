@@ -25,12 +25,20 @@ def read(pattern: str) -> list[list[dict]]:
     return logs
 
 
-def band(axis, curves: list[list[tuple[float, float]]], colour: str, label: str):
-    """Curves of (x, y) with the same x, one a seed: their mean, and the space between them."""
-    x = [point[0] for point in curves[0]]
-    y = [[point[1] for point in at] for at in zip(*curves, strict=True)]
-    axis.plot(x, [sum(at) / len(at) for at in y], color=colour, label=label)
+def band(axis, points: dict[float, list[float]], colour, label: str, **style):
+    """x -> the y of all seeds: a line through their means, and the space from worst to best."""
+    x, y = zip(*sorted(points.items()))
+    axis.plot(x, [sum(at) / len(at) for at in y], color=colour, label=label, **style)
     axis.fill_between(x, [*map(min, y)], [*map(max, y)], color=colour, alpha=0.2, lw=0)
+
+
+def against_tokens(axis, logs: list[list[dict]], n: int, colour, label: str):
+    """Exact accuracy on held-out instances in the course of training, with N = n."""
+    points = defaultdict(list)
+    for _, *records in logs:
+        for tokens, exact in {r["tokens"]: r["exact"] for r in records if r["loops"] == n}.items():
+            points[tokens / 1e6].append(100 * exact)
+    band(axis, points, colour, label)
 
 
 def laptop(figure):
@@ -38,17 +46,32 @@ def laptop(figure):
     axes = figure.subplots(1, 2, sharey=True)
     for axis, pattern, title in ((axes[0], "laptop/seed*.jsonl", "two CPU cores, float32"),
                                  (axes[1], "laptop/h100-s*.jsonl", "H100, bfloat16")):
-        logs, curves = read(pattern), defaultdict(list)
-        for _, *records in logs:
-            for n in {record["loops"] for record in records}:
-                curves[n].append([(record["tokens"] / 1e6, 100 * record["exact"])
-                                  for record in records if record["loops"] == n])
-        for n in sorted(curves):
-            band(axis, curves[n], COLOURS[n], f"N = {n}")
+        logs = read(pattern)
+        for n in (1, 2):
+            against_tokens(axis, logs, n, COLOURS[n], f"N = {n}")
         axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
         axis.set(title=f"{title}, {len(logs)} seeds", xlabel="training tokens, millions")
     axes[0].set(ylabel="exact, %", ylim=(0, 100))
     axes[0].legend(loc="upper left")
+
+
+def fig2a(figure):
+    """The paper's Fig. 2a, and the same for N > 1: Rule 110 in its size, by t."""
+    axes, ends, floors = figure.subplots(1, 2, sharey=True), defaultdict(dict), {}
+    for i, t in enumerate((4, 8, 10, 12, 14, 16)):
+        logs = read(f"fig2a/t{t}-s*.jsonl")
+        against_tokens(axes[0], logs, 1, matplotlib.colormaps["viridis"](i / 6), f"t = {t}")
+        floors[t] = 100 * logs[0][1]["floor"]
+        for n in (1, 2, 4):
+            last = [[r for r in records if r["loops"] == n][-1] for _, *records in logs]
+            ends[n][t] = [100 * record["exact"] for record in last]
+    for n, points in ends.items():
+        band(axes[1], points, COLOURS[n], f"N = {n}", marker="o", ms=3)
+    axes[1].plot(*zip(*floors.items()), color="black", lw=0.8, ls="--", label="floor")
+    axes[0].set(title="N = 1", xlabel="training tokens, millions", ylabel="exact, %", ylim=(0, 102))
+    axes[1].set(title="after 40 million tokens", xlabel="t, steps of the automaton")
+    axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes[1].legend()
 
 
 def speed(figure):
@@ -78,7 +101,7 @@ def main():
     matplotlib.rcParams.update({"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
                                 "axes.spines.top": False, "axes.spines.right": False,
                                 "legend.frameon": False})
-    for draw in (laptop, speed):
+    for draw in (laptop, fig2a, speed):
         figure = plt.figure(figsize=(7, 2.8), layout="constrained")
         draw(figure)
         figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
