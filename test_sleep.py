@@ -1428,6 +1428,15 @@ def test_missing_cuda(tmp_path, capsys):
     assert "--device cuda" in refused(capsys, [*TINY[:-1], "cuda", "--out", str(tmp_path / "run")])
 
 
+def test_the_size_of_the_paper(capsys):
+    """Guards --paper: what is given wins, and it is no size for other tasks."""
+    options = train.parse(train.get_parser(), "--paper --d_model 64 --t 8".split())
+    task, model = train.build(options | {"dtype": "float32"})
+    assert (task.length, model.config.layout, model.config.d_model) == (100, "asas", 64)
+    assert (options["batch"], options["steps"], options["loops"]) == (512, 782, [1, 2])
+    assert "--paper: must " in refused(capsys, ["--paper", "--task", "gsm"])
+
+
 def test_what_was_there_is_kept(tmp_path, capsys):
     """Guards results: an --out in use is refused, the same command goes on, nothing is lost."""
     run, other = str(tmp_path / "run"), tmp_path / "other"
@@ -1514,7 +1523,7 @@ def test_commands_of_the_readme_parse():
     for script, *arguments in map(shlex.split, commands):
         assert (HERE / script).exists()
         if script == "train.py" and arguments != ["--help"]:
-            options = vars(train.get_parser().parse_args(arguments))
+            options = train.parse(train.get_parser(), arguments)
             train.build(options | {"init": None, "train": "all", "dtype": "float32"})
 
 
@@ -1555,7 +1564,7 @@ def mean_and_range(values):
 
 def experiment(arguments, pattern):
     """What the table of experiments says of the logs: results, seeds, tokens, minutes."""
-    options = vars(train.get_parser().parse_args(arguments.split()))
+    options = train.parse(train.get_parser(), arguments.split())
     train.build(options | {"init": None, "train": "all", "dtype": "float32"})
     logs = [[*map(json.loads, path.read_text().splitlines())] for path in sorted(HERE.glob(pattern))]
     free = set("seed out init device dtype fast loops eval_loops eval_every".split())

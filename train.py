@@ -59,8 +59,9 @@ FAST = {"eager": "a step as written; a CPU would gain nothing from more",
         "graph": "a step recorded once and replayed; compiling only pays in a long run",
         "compile": "blocks compiled, a step recorded once and replayed; for a long run"}
 LONG = 5e15         # model FLOPs of a run that earns it
-BENCH = {"layout": "asas", "d_model": 256, "loops": [1, 2, 4, 8], "batch": None,
-         "cells": 24, "states": 4}  # what --bench measures if not told: the paper's size
+PAPER = {"layout": "asas", "d_model": 256, "cells": 24, "states": 4, "batch": 512, "steps": 782}
+BENCH = PAPER | {"batch": None, "loops": [1, 2, 4, 8]}  # what --bench measures if not told
+LEFT_OUT = "out", "resume", "bench", "paper"  # of a run's configuration
 BENCH_SECONDS, BENCH_STEPS = 4.0, 5  # of training in each row, at least
 
 
@@ -120,6 +121,10 @@ def get_parser() -> argparse.ArgumentParser:
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     task = p.add_argument_group("task", "python data.py shows an example of each")
     task.add_argument("--task", choices=TASKS, default="rule110", help="what to learn")
+    task.add_argument("--paper", action="store_true",
+                      help="options not given are those of the paper's Fig. 2a: "
+                           + " ".join(f"--{name} {value}" for name, value in PAPER.items())
+                           + " (40M tokens; wants a GPU)")
     for name, text in TASK_OPTIONS.items():
         task.add_argument(f"--{name}", type=str if name == "question" else whole(),
                           default=argparse.SUPPRESS, help=text)
@@ -194,6 +199,18 @@ def get_parser() -> argparse.ArgumentParser:
                      help="measure speed and memory for each N of --loops and several L instead of "
                           "training; options not given are then the paper's")
     return p
+
+
+def parse(parser: Parser, argv: list[str]) -> dict:
+    """The options of a command line; those not given may be --paper's or --bench's."""
+    options = vars(parser.parse_args(argv))
+    if options["paper"] and options["task"] != "rule110":
+        parser.error(f"--paper: must come with --task rule110, not {options['task']}")
+    if options["paper"] or options["bench"]:
+        preset = BENCH if options["bench"] else PAPER
+        parser.set_defaults(**{name: value for name, value in preset.items()
+                               if name not in TASK_OPTIONS or options["task"] == "rule110"})
+    return vars(parser.parse_args(argv))
 
 
 # --------------------------------------------------------------------------------------- optimizers
@@ -424,7 +441,7 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
     try:
         header, *records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
         parsed = vars(parser.parse_args(as_arguments(header["config"])))
-        if {name: x for name, x in parsed.items() if name not in ("out", "resume", "bench")} \
+        if {name: x for name, x in parsed.items() if name not in LEFT_OUT} \
                 != header["config"] or not {"command", "commit", "hardware"} <= header.keys():
             raise ValueError
         lost = {f"N{record['loops']}.pt" for record in records if "bench" not in header
@@ -521,15 +538,12 @@ def new_folder(task: str) -> Path:
 def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict, bool]:
     """Options, folder and log header of a run; whether --bench. Exits with 2 if impossible."""
     parser = get_parser()
-    options = vars(parser.parse_args(argv))
+    options = parse(parser, argv)
     if options["bench"]:
-        parser.set_defaults(**{name: value for name, value in BENCH.items()
-                               if name not in TASK_OPTIONS or options["task"] == "rule110"})
-        options = vars(parser.parse_args(argv))
         for name in ("init", "curriculum", "loops_schedule", "loops_random", "eval_loops"):
             if options[name]:
                 parser.error(f"--{name}: must not be given with --bench")
-    out, resume, bench = options.pop("out"), options.pop("resume"), options.pop("bench")
+    out, resume, bench, _ = (options.pop(name) for name in LEFT_OUT)
     if resume:
         if len(argv) > 2 or any(re.match("--(?!resume)", argument) for argument in argv):
             parser.error(f"--resume {resume}: takes no other option, the run has its own")
