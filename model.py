@@ -102,8 +102,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None,
 
     q, k (B, H, L, K), v (B, H, L, V) -> o (B, H, L, V) and the cache grown by L. A query sees the
     `span` latest tokens, itself included; None: all. Only differences of rotary positions matter,
-    so they are counted from the oldest token in the cache, keys are cached unrotated, and no
-    absolute position outlives an eviction.
+    so they are counted from the oldest token in the cache, and keys are cached unrotated.
     """
     if cache is not None:
         k, v = torch.cat([cache.k, k], dim=2), torch.cat([cache.v, v], dim=2)
@@ -346,17 +345,18 @@ class Hybrid(nn.Module):
             for kind in c.layout)
         return Memory((None,) * len(c.layout), S)
 
-    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """tokens (B, L), the first of them at `start` in its window -> h (B, L, d).
+    def embed(self, tokens: Tensor, offset: int = 0) -> Tensor:
+        """tokens (B, L), the first of them at `offset` in its window -> h (B, L, d).
 
-        A product: the gradient of a lookup would have to sort. Raises ValueError if the window
-        ends before the tokens do.
+        A product: the gradient of a lookup would have to sort. Raises ValueError if the tokens
+        reach beyond the window.
         """
-        stop = start + tokens.shape[1]
-        if stop > len(self.position):
-            raise ValueError(f"tokens: must end at {len(self.position)}, with the window, not {stop}")
+        end = offset + tokens.shape[1]
+        if end > len(self.position):
+            raise ValueError(f"tokens: must end within the window of {len(self.position)}, "
+                             f"not at {end}")
         one_hot = F.one_hot(tokens, len(self.embedding)).to(self.embedding.dtype)
-        return one_hot @ self.embedding + self.position[start:stop]  # Choice: position in the window
+        return one_hot @ self.embedding + self.position[offset:end]  # Choice: position in the window
 
     def blocks(self, h: Tensor, memory: Memory, start: int, stop: int, need_h: bool = True,
                need_cache: bool = True) -> tuple[Tensor | None, Memory]:

@@ -46,10 +46,10 @@ class Memory(NamedTuple):
 
 
 def passes(model, tokens: Tensor, memory: Memory, loops: int, asleep: bool = False,
-           start: int = 0) -> tuple[Tensor | None, Memory]:
+           offset: int = 0) -> tuple[Tensor | None, Memory]:
     """`loops` passes over one window: tokens (B, L) -> h (B, L, d) and the memory after the last.
 
-    Or over its tokens from `start` on; memory is what held before the first of them. h and S go on from pass to pass; keys and values are
+    offset: where in its window the first token stands. memory is what held before it. h and S go on from pass to pass; keys and values are
     made anew in each, beside those kept from earlier windows. Only the blocks i to j - 1 of
     loop_blocks are looped, those before and after run once. What nobody needs is not asked for, and
     so, compiled, not computed: the cache of a pass before the last and, asleep, the last h and a
@@ -59,7 +59,7 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int, asleep: bool = Fal
         raise ValueError(f"loops {loops}: must be at least 1")
     c, (i, j) = model.config, model.config.loop_blocks
     need_cache = not asleep or c.keep != 0
-    first, begun = h, after = model.blocks(model.embed(tokens, start), memory, 0, i, True, need_cache)
+    first, begun = h, after = model.blocks(model.embed(tokens, offset), memory, 0, i, True, need_cache)
 
     def one_pass(last: bool, h: Tensor, *S: Tensor | None) -> tuple[Tensor | None, Memory]:
         h = h if c.carry == "h" else first
@@ -84,12 +84,12 @@ def recomputed(model, function, *inputs):
 
 
 def wake(model, tokens: Tensor, memory: Memory, loops: int = 1,
-         start: int = 0) -> tuple[Tensor, Memory]:
+         offset: int = 0) -> tuple[Tensor, Memory]:
     """Read: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it. One ordinary pass.
 
-    The first of them stands at `start` in its window: a window can be read in pieces. loops > 1 is for the comparison that spends the passes awake (sleep_at = "wake").
+    A window may be read in pieces: `offset` is where in it this piece begins. loops > 1 is for the comparison that spends the passes awake (sleep_at = "wake").
     """
-    h, memory = passes(model, tokens, memory, loops, start=start)
+    h, memory = passes(model, tokens, memory, loops, offset=offset)
     return model.unembed(h), memory
 
 
@@ -190,7 +190,7 @@ class Stream:
         """token (B,) -> logits (B, vocabulary) for the next one; sleeps if the window is full."""
         keep = self.model.config.keep
         logits, self.memory = wake(self.model, token[:, None], self.memory,
-                                   start=len(self.window))
+                                   offset=len(self.window))
         if keep:  # a sliding window slides with every token
             self.memory = evict(self.memory, keep)
         self.window.append(token.clone())

@@ -281,6 +281,14 @@ def test_cut_finds_the_scored_windows():
     assert cut(targets, 5) == [(0, 5, False), (5, 10, True), (10, 12, True)]
 
 
+@pytest.mark.parametrize("offset, tokens", [(0, 6), (5, 1)])
+def test_tokens_beyond_the_window_are_refused(offset, tokens):
+    """Guards positions that do not exist: the slice of one would be empty, and h with it."""
+    model = hybrid()
+    with pytest.raises(ValueError, match="must end within the window of 5, not at 6"):
+        wake(model, torch.zeros(1, tokens, dtype=torch.long), model.empty_memory(1), offset=offset)
+
+
 def test_last_window_may_hold_context_query_and_answer():
     """Guards tasks whose length is no multiple of L: such a window is read once, whatever N is."""
     model, (tokens, targets) = hybrid(window=50), sequences()
@@ -307,7 +315,7 @@ def test_one_loop_repeats_the_provisional_state():
     model, window = hybrid(), torch.randint(3, (2, 5))
     start = memory = model.empty_memory(2)
     for t, token in enumerate(window.T):
-        _, memory = wake(model, token[:, None], memory, start=t)
+        _, memory = wake(model, token[:, None], memory, offset=t)
     slept = [sleep(model, window, start, loops).S[1] for loops in (1, 2)]
     torch.testing.assert_close(slept[0], memory.S[1])
     assert (slept[1] - memory.S[1]).abs().max() > 1e-3
@@ -1428,13 +1436,16 @@ def test_missing_cuda(tmp_path, capsys):
     assert "--device cuda" in refused(capsys, [*TINY[:-1], "cuda", "--out", str(tmp_path / "run")])
 
 
-def test_the_size_of_the_paper(capsys):
+def test_the_size_of_the_paper(tmp_path, capsys):
     """Guards --paper: what is given wins, and it is no size for other tasks."""
     options = train.parse(train.get_parser(), "--paper --d_model 64 --t 8".split())
     task, model = train.build(options | {"dtype": "float32"})
     assert (task.length, model.config.layout, model.config.d_model) == (100, "asas", 64)
     assert (options["batch"], options["steps"], options["loops"]) == (512, 782, [1, 2])
     assert "--paper: must " in refused(capsys, ["--paper", "--task", "gsm"])
+    gsm = "--task gsm --ops 2 --statements 4 --variables 4 --steps 0 --d_model 16 --loops 1"
+    assert train.main([*gsm.split(), "--eval_size", "8", "--out", str(tmp_path)]) == 0
+    assert "another configuration" in refused(capsys, ["--paper", "--out", str(tmp_path)])
 
 
 def test_what_was_there_is_kept(tmp_path, capsys):
@@ -1563,37 +1574,49 @@ def mean_and_range(values):
 
 
 def experiment(arguments, pattern):
-    """What the table of experiments says of the logs: results, seeds, tokens, minutes."""
+    """What a table of experiments says of the logs: results, floor, seeds, tokens, minutes."""
     options = train.parse(train.get_parser(), arguments.split())
-    train.build(options | {"init": None, "train": "all", "dtype": "float32"})
-    logs = [[*map(json.loads, path.read_text().splitlines())] for path in sorted(HERE.glob(pattern))]
-    free = set("seed out init device dtype fast loops eval_loops eval_every".split())
+    task, _ = train.build(options | {"init": None, "train": "all", "dtype": "float32"})
+    options |= {name: getattr(task, name) for name in train.TASK_OPTIONS if hasattr(task, name)}
+    logs = [[json.loads(line) for line in path.read_text().splitlines()]
+            for path in sorted(HERE.glob(pattern))]
+    free = set("paper bench resume out init seed loops eval_loops eval_every".split())
     for header, *_ in logs:
-        asked = {name: value for name, value in options.items() if value is not None}
-        assert all(header["config"].get(name, value) == value
-                   for name, value in asked.items() if name not in free), (arguments, pattern)
-        assert set(header["config"]["loops"]) <= set(options["loops"]), (arguments, pattern)
+        differ = {name: (value, header["config"][name]) for name, value in options.items()
+                  if name not in free and value != "auto"
+                  and value != header["config"].get(name, value)}
+        assert not differ, (pattern, differ)
     last = [record for _, *log in logs for record in {r["loops"]: r for r in log}.values()]
-    results, seeds = [], {header["config"]["seed"] for header, *_ in logs}
-    for n in sorted({record["loops"] for record in last}):
+    assert {record["step"] for record in last} == {options["steps"]}, pattern
+    assert {record["loops"] for record in last} == set(options["loops"]), pattern
+    seeds, results = {header["config"]["seed"] for header, *_ in logs}, []
+    for n in options["loops"]:
         levels = [list(record.get("levels", {0: record}).values())
                   for record in last if record["loops"] == n]
         assert len(levels) == len(seeds), (pattern, n)
         results.append(f"N = {n}: " + " / ".join(
-            mean_and_range([100 * level["exact"] for level in seeds_at]) for seeds_at in zip(*levels)))
-    tokens, device = {record["tokens"] for record in last}, {header["hardware"] for header, *_ in logs}
-    assert len(tokens) == len(device) == 1, pattern
+            mean_and_range([100 * level["exact"] for level in of_seeds])
+            for of_seeds in zip(*levels)))
+    tokens, = {record["tokens"] for record in last}
+    device, = {header["hardware"] for header, *_ in logs}
     minutes = sum(record["seconds"] for record in last) / 60 / len(seeds)
-    return [f"`{arguments}`", "; ".join(results), f"{len(seeds)}", f"{tokens.pop() / 1e6:.1f}M",
-            f"{minutes:.1f} {'H100' if 'H100' in device.pop() else 'CPU'}", f"`{pattern}`"]
+    return ["; ".join(results), " / ".join(f"{100 * level['floor']:.1f}" for level in levels[0]),
+            f"{len(seeds)}", f"{tokens / 1e6:.1f}M",
+            f"{minutes:.1f} {'H100' if 'H100' in device else 'CPU'}"]
+
+
+def experiment_rows(text):
+    """The rows of the tables of experiments in `text`, and what they should be."""
+    rows = re.findall(r"^(\| .* \| `(.*)`) \| N = .* \| `(results/[^`]*)` \|$", text, re.M)
+    assert len(rows) == len(re.findall(r"^\| .*`results/.*` \|$", text, re.M)) > 25
+    for first, arguments, pattern in rows:
+        yield first, " | ".join([first, *experiment(arguments, pattern), f"`{pattern}`"]) + " |"
 
 
 def test_numbers_of_the_readme_are_in_the_logs():
     """Guards honest results: the tables of experiments, from the logs; prints rows to correct."""
-    rows = re.findall(r"^(\| .*) \| `(.*)` \| N = .* \| `(results/[^`]*)` \|$", README, re.M)
-    assert len(rows) > 15
-    expected = [" | ".join([first, *experiment(*rest)]) + " |" for first, *rest in rows]
-    assert not [row for row in expected if row not in README], "\n".join(expected)
+    wrong = [row for _, row in experiment_rows(README) if row not in README.splitlines()]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_figures_are_drawn_from_the_logs(tmp_path):

@@ -122,9 +122,9 @@ def get_parser() -> argparse.ArgumentParser:
     task = p.add_argument_group("task", "python data.py shows an example of each")
     task.add_argument("--task", choices=TASKS, default="rule110", help="what to learn")
     task.add_argument("--paper", action="store_true",
-                      help="options not given are those of the paper's Fig. 2a: "
+                      help="the size of the paper's Rule 110 runs, where not given: "
                            + " ".join(f"--{name} {value}" for name, value in PAPER.items())
-                           + " (40M tokens; wants a GPU)")
+                           + " (40M tokens, as in Fig. 2a; wants a GPU)")
     for name, text in TASK_OPTIONS.items():
         task.add_argument(f"--{name}", type=str if name == "question" else whole(),
                           default=argparse.SUPPRESS, help=text)
@@ -440,7 +440,7 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
     """First line of the run's log. Exits with 2 if it is no run, damaged or incomplete."""
     try:
         header, *records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-        parsed = vars(parser.parse_args(as_arguments(header["config"])))
+        parsed = vars(get_parser().parse_args(as_arguments(header["config"])))
         if {name: x for name, x in parsed.items() if name not in LEFT_OUT} \
                 != header["config"] or not {"command", "commit", "hardware"} <= header.keys():
             raise ValueError
