@@ -356,7 +356,7 @@ class Hybrid(nn.Module):
             raise ValueError(f"tokens: must end within the window of {len(self.position)}, "
                              f"not at {end}")
         one_hot = F.one_hot(tokens, len(self.embedding)).to(self.embedding.dtype)
-        return one_hot @ self.embedding + self.position[offset:end]  # Choice: position in the window
+        return one_hot @ self.embedding + self.position[offset:end]  # Choice: window position
 
     def blocks(self, h: Tensor, memory: Memory, start: int, stop: int, need_h: bool = True,
                need_cache: bool = True) -> tuple[Tensor | None, Memory]:

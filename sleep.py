@@ -49,17 +49,19 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int, asleep: bool = Fal
            offset: int = 0) -> tuple[Tensor | None, Memory]:
     """`loops` passes over one window: tokens (B, L) -> h (B, L, d) and the memory after the last.
 
-    offset: where in its window the first token stands. memory is what held before it. h and S go on from pass to pass; keys and values are
-    made anew in each, beside those kept from earlier windows. Only the blocks i to j - 1 of
-    loop_blocks are looped, those before and after run once. What nobody needs is not asked for, and
-    so, compiled, not computed: the cache of a pass before the last and, asleep, the last h and a
-    cache about to be evicted are None. Raises ValueError if loops < 1.
+    offset: where in its window the first token stands. memory is what held before it. h and S go on
+    from pass to pass; keys and values are made anew in each, beside those kept from earlier
+    windows. Only the blocks i to j - 1 of loop_blocks are looped, those before and after run once.
+    What nobody needs is not asked for, and so, compiled, not computed: the cache of a pass before
+    the last and, asleep, the last h and a cache about to be evicted are None. Raises ValueError if
+    loops < 1 or if the tokens reach beyond the window.
     """
     if loops < 1:
         raise ValueError(f"loops {loops}: must be at least 1")
     c, (i, j) = model.config, model.config.loop_blocks
     need_cache = not asleep or c.keep != 0
-    first, begun = h, after = model.blocks(model.embed(tokens, offset), memory, 0, i, True, need_cache)
+    first, begun = h, after = model.blocks(
+        model.embed(tokens, offset), memory, 0, i, True, need_cache)
 
     def one_pass(last: bool, h: Tensor, *S: Tensor | None) -> tuple[Tensor | None, Memory]:
         h = h if c.carry == "h" else first
@@ -87,7 +89,8 @@ def wake(model, tokens: Tensor, memory: Memory, loops: int = 1,
          offset: int = 0) -> tuple[Tensor, Memory]:
     """Read: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it. One ordinary pass.
 
-    A window may be read in pieces: `offset` is where in it this piece begins. loops > 1 is for the comparison that spends the passes awake (sleep_at = "wake").
+    A window may be read in pieces: `offset` is where in it this piece begins. loops > 1 is for the
+    comparison that spends the passes awake (sleep_at = "wake").
     """
     h, memory = passes(model, tokens, memory, loops, offset=offset)
     return model.unembed(h), memory

@@ -42,7 +42,7 @@ def against_tokens(axis, logs: list[list[dict]], n: int, colour, label: str):
 
 
 def laptop(figure):
-    """The default run: exact accuracy against tokens; and with another N than it was trained with."""
+    """The default run: exact accuracy against tokens; and with another N than trained with."""
     axes, logs = figure.subplots(1, 2, sharey=True), read("laptop/seed*.jsonl")
     for n in (1, 2):
         against_tokens(axes[0], logs, n, COLOURS[n], f"N = {n}")
