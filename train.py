@@ -206,10 +206,9 @@ def parse(parser: Parser, argv: list[str]) -> dict:
     options = vars(parser.parse_args(argv))
     if options["paper"] and options["task"] != "rule110":
         parser.error(f"--paper: must come with --task rule110, not {options['task']}")
-    if options["paper"] or options["bench"]:
-        preset = BENCH if options["bench"] else PAPER
-        parser.set_defaults(**{name: value for name, value in preset.items()
-                               if name not in TASK_OPTIONS or options["task"] == "rule110"})
+    preset = BENCH if options["bench"] else PAPER if options["paper"] else {}
+    parser.set_defaults(**{name: value for name, value in preset.items()
+                           if name not in TASK_OPTIONS or options["task"] == "rule110"})
     return vars(parser.parse_args(argv))
 
 
