@@ -73,15 +73,14 @@ def example(task, level: int | None = None) -> tuple[list[str], list[str]]:
 
 # ----------------------------------------------------------------------------------------- Rule 110
 
-@lru_cache
-def p_one(cells: int, t: int, rule: int) -> float:
-    """P(the first cell is 1 after t steps), over all 2^cells states.
+@lru_cache(maxsize=1)
+def truth_table(cells: int, t: int, rule: int) -> np.ndarray:
+    """The first cell after t steps, one bit for each of all 2^cells states, 64 states in a word.
 
-    Every cell is kept as a truth table: one bit for each state, 64 states in a word, so that a step
-    of all 2^24 states is a few operations on 2 MiB arrays. Only cells at most t away matter; where
-    even those are more than 24, 2^24 random states stand for all.
+    Every cell is kept as such a table, so that a step of all 2^24 states is a few operations on
+    2 MiB arrays. In state i, cell j is bit j of i. Beyond 24 cells, 2^24 random states stand for
+    all.
     """
-    cells = min(cells, 2 * t + 1)
     if cells <= 24:
         states = np.arange(max(2**cells, 64))  # with few cells repeated, to fill a word
         tables = [np.packbits(states >> i & 1 == 1).view(np.uint64) for i in range(cells)]
@@ -99,7 +98,14 @@ def p_one(cells: int, t: int, rule: int) -> float:
                               & (right if pattern & 1 else ~right))
             new.append(table)
         tables = new
-    return float(np.unpackbits(tables[0].view(np.uint8)).mean())
+    return tables[0]
+
+
+@lru_cache
+def p_one(cells: int, t: int, rule: int) -> float:
+    """P(the first cell is 1 after t steps), over all states: only cells at most t away matter."""
+    table = truth_table(min(cells, 2 * t + 1), t, rule)
+    return float(np.unpackbits(table.view(np.uint8)).mean())
 
 
 class Rule110:

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from data import truth_table
 COLOURS = {1: "#888888", 2: "#2a6fbb", 4: "#c4442b"}  # of N
 
 
@@ -80,6 +83,41 @@ def fig2a(figure):
     axes[1].legend()
 
 
+def oracle(t: int, cells: int, seen: int) -> float:
+    """Exact accuracy with four states, in %, of the best answers from `seen` neighbouring cells.
+
+    Over all states, and for the best place of those cells.
+    """
+    table = np.unpackbits(truth_table(cells, t, 110).view(np.uint8)).reshape((2,) * cells)
+    right = []
+    for i in range(cells):  # the unseen cells begin here; cell j is axis cells - 1 - j
+        unseen = tuple(cells - 1 - (i + j) % cells for j in range(cells - seen))
+        p = table.mean(axis=unseen, dtype=np.float32)
+        right.append(np.maximum(p, 1 - p).mean(dtype=np.float64))
+    return 100 * max(right)**4
+
+
+def fig2b(figure):
+    """The paper's Fig. 2b: t = 32, with what it prints after 4 to 5 billion tokens."""
+    axis, logs = figure.subplots(), read("t32/N*.jsonl")
+    for n in sorted({record["loops"] for _, *records in logs for record in records}):
+        against_tokens(axis, [log for log in logs if log[1]["loops"] == n], n, COLOURS[n],
+                       f"N = {n}")
+    for n, exact, label in ((1, 10, "about 10"), (2, 20, "about 20"), (4, 30, "N = 3, 4: above 30")):
+        axis.plot(4500, exact, "s", color=COLOURS[n], ms=4)
+        axis.annotate(f"paper, {label}", (4500, exact), (-6, 4), textcoords="offset points",
+                      ha="right")
+    axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
+    for seen in (16, 20, 22):
+        axis.axhline(oracle(32, 24, seen), color="black", lw=0.5, ls=":")
+        axis.annotate(f"best from {seen} of the 24 cells", (40, oracle(32, 24, seen)), (0, 2),
+                      textcoords="offset points", fontsize=7)
+    axis.set(title="t = 32", xlabel="training tokens, millions", ylabel="exact, %", xscale="log",
+             xlim=(36, 6000), ylim=(0, 40))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
 def speed(figure):
     """The paper's Fig. 6: throughput against N and against L, on an H100."""
     rows = [row for row in read("bench/h100.jsonl")[0][1:] if "ms" in row]
@@ -107,7 +145,7 @@ def main():
     matplotlib.rcParams.update({"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
                                 "axes.spines.top": False, "axes.spines.right": False,
                                 "legend.frameon": False})
-    for draw in (laptop, fig2a, speed):
+    for draw in (laptop, fig2a, fig2b, speed):
         figure = plt.figure(figsize=(7, 2.8), layout="constrained")
         draw(figure)
         figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
