@@ -78,11 +78,11 @@ def truth_table(cells: int, t: int, rule: int) -> np.ndarray:
     """The first cell after t steps, one bit for each of all 2^cells states, 64 states in a word.
 
     Every cell is kept as such a table, so that a step of all 2^24 states is a few operations on
-    2 MiB arrays. In state i, cell j is bit j of i. Beyond 24 cells, 2^24 random states stand for
-    all.
+    2 MiB arrays. In state i, cell j is bit j of i. With fewer than 6 cells the states repeat, to
+    fill a word; beyond 24 cells, 2^24 random states stand for all.
     """
     if cells <= 24:
-        states = np.arange(max(2**cells, 64))  # with few cells repeated, to fill a word
+        states = np.arange(max(2**cells, 64))
         tables = [np.packbits(states >> i & 1 == 1).view(np.uint64) for i in range(cells)]
     else:
         words = np.random.default_rng(0).integers(2**64, size=(cells, 2**18), dtype=np.uint64)

@@ -1,7 +1,7 @@
 """Draw the README's figures from the logs beside this file: python results/plot.py [DIR].
 
 Needs matplotlib. Lines are means over seeds, bands reach from the worst seed to the best, dashed is
-the floor: what always giving the same answer earns. The SVG files go to DIR, by default here.
+the floor: what always giving the same answer earns; dotted, what a part of the input allows. The SVG files go to DIR, by default here.
 """
 
 import json
@@ -86,7 +86,7 @@ def fig2a(figure):
 def oracle(t: int, cells: int, seen: int) -> float:
     """Exact accuracy with four states, in %, of the best answers from `seen` neighbouring cells.
 
-    Over all states, and for the best place of those cells.
+    Over all states, and for the best place of those cells on the ring; for 6 to 24 cells.
     """
     table = np.unpackbits(truth_table(cells, t, 110).view(np.uint8)).reshape((2,) * cells)
     right = []
@@ -98,19 +98,21 @@ def oracle(t: int, cells: int, seen: int) -> float:
 
 
 def fig2b(figure):
-    """The paper's Fig. 2b: t = 32, with what it prints after 4 to 5 billion tokens."""
+    """The paper's Fig. 2b: t = 32, with what the paper prints after 4 to 5 billion tokens."""
     axis, logs = figure.subplots(), read("t32/N*.jsonl")
     for n in sorted({record["loops"] for _, *records in logs for record in records}):
         against_tokens(axis, [log for log in logs if log[1]["loops"] == n], n, COLOURS[n],
                        f"N = {n}")
-    for n, exact, label in ((1, 10, "about 10"), (2, 20, "about 20"), (4, 30, "N = 3, 4: above 30")):
+    for n, exact, label in ((1, 10, "N = 1: about 10"), (2, 20, "N = 2: about 20"),
+                            (4, 30, "N = 3, 4: above 30")):
         axis.plot(4500, exact, "s", color=COLOURS[n], ms=4)
         axis.annotate(f"paper, {label}", (4500, exact), (-6, 4), textcoords="offset points",
                       ha="right")
     axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
     for seen in (16, 20, 22):
-        axis.axhline(oracle(32, 24, seen), color="black", lw=0.5, ls=":")
-        axis.annotate(f"best from {seen} of the 24 cells", (40, oracle(32, 24, seen)), (0, 2),
+        exact = oracle(32, 24, seen)
+        axis.axhline(exact, color="black", lw=0.5, ls=":")
+        axis.annotate(f"best from {seen} neighbouring cells of 24", (40, exact), (0, 2),
                       textcoords="offset points", fontsize=7)
     axis.set(title="t = 32", xlabel="training tokens, millions", ylabel="exact, %", xscale="log",
              xlim=(36, 6000), ylim=(0, 40))
