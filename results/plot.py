@@ -1,7 +1,8 @@
 """Draw the README's figures from the logs beside this file: python results/plot.py [DIR].
 
 Needs matplotlib. Lines are means over seeds, bands reach from the worst seed to the best, dashed is
-the floor: what always giving the same answer earns; dotted, what a part of the input allows. The SVG files go to DIR, by default here.
+the floor: what always giving the same answer earns; dotted, what a part of the input allows. The
+SVG files go to DIR, by default here.
 """
 
 import json
