@@ -73,13 +73,12 @@ def example(task, level: int | None = None) -> tuple[list[str], list[str]]:
 
 # ----------------------------------------------------------------------------------------- Rule 110
 
-@lru_cache(maxsize=1)
 def truth_table(cells: int, t: int, rule: int) -> np.ndarray:
-    """The first cell after t steps, one bit for each of all 2^cells states, 64 states in a word.
+    """The first cell after t steps from each of all 2^cells states: uint8 0/1 (2^cells,).
 
-    Every cell is kept as such a table, so that a step of all 2^24 states is a few operations on
-    2 MiB arrays. In state i, cell j is bit j of i. With fewer than 6 cells the states repeat, to
-    fill a word; beyond 24 cells, 2^24 random states stand for all.
+    In state i, cell j is bit j of i. On the way every cell is a table with 64 states in a word, so
+    that a step of all 2^24 states is a few operations on 2 MiB arrays. With fewer than 6 cells the
+    states repeat, to fill a word; beyond 24 cells, 2^24 random states stand for all.
     """
     if cells <= 24:
         states = np.arange(max(2**cells, 64))
@@ -98,14 +97,13 @@ def truth_table(cells: int, t: int, rule: int) -> np.ndarray:
                               & (right if pattern & 1 else ~right))
             new.append(table)
         tables = new
-    return tables[0]
+    return np.unpackbits(tables[0].view(np.uint8))
 
 
 @lru_cache
 def p_one(cells: int, t: int, rule: int) -> float:
     """P(the first cell is 1 after t steps), over all states: only cells at most t away matter."""
-    table = truth_table(min(cells, 2 * t + 1), t, rule)
-    return float(np.unpackbits(table.view(np.uint8)).mean())
+    return float(truth_table(min(cells, 2 * t + 1), t, rule).mean())
 
 
 class Rule110:

@@ -84,26 +84,25 @@ def fig2a(figure):
     axes[1].legend()
 
 
-def oracle(t: int, cells: int, seen: int) -> float:
+def oracle(table: np.ndarray, seen: int) -> float:
     """Exact accuracy with four states, in %, of the best answers from `seen` neighbouring cells.
 
-    Over all states, and for the best place of those cells on the ring; for 6 to 24 cells.
+    table (2^cells,) holds the right answers. Over all states, and for the best place of those cells
+    on the ring.
     """
-    table = np.unpackbits(truth_table(cells, t, 110).view(np.uint8)).reshape((2,) * cells)
-    right = []
+    cells, right = len(table).bit_length() - 1, []
     for i in range(cells):  # the unseen cells begin here; cell j is axis cells - 1 - j
         unseen = tuple(cells - 1 - (i + j) % cells for j in range(cells - seen))
-        p = table.mean(axis=unseen, dtype=np.float32)
+        p = table.reshape((2,) * cells).mean(axis=unseen, dtype=np.float32)
         right.append(np.maximum(p, 1 - p).mean(dtype=np.float64))
     return 100 * max(right)**4
 
 
 def fig2b(figure):
     """The paper's Fig. 2b: t = 32, with what the paper prints after 4 to 5 billion tokens."""
-    axis, logs = figure.subplots(), read("t32/N*.jsonl")
+    axis, logs, table = figure.subplots(), read("t32/N*.jsonl"), truth_table(24, 32, 110)
     for n in sorted({record["loops"] for _, *records in logs for record in records}):
-        against_tokens(axis, [log for log in logs if log[1]["loops"] == n], n, COLOURS[n],
-                       f"N = {n}")
+        against_tokens(axis, logs, n, COLOURS[n], f"N = {n}")
     for n, exact, label in ((1, 10, "N = 1: about 10"), (2, 20, "N = 2: about 20"),
                             (4, 30, "N = 3, 4: above 30")):
         axis.plot(4500, exact, "s", color=COLOURS[n], ms=4)
@@ -111,7 +110,7 @@ def fig2b(figure):
                       ha="right")
     axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
     for seen in (16, 20, 22):
-        exact = oracle(32, 24, seen)
+        exact = oracle(table, seen)
         axis.axhline(exact, color="black", lw=0.5, ls=":")
         axis.annotate(f"best from {seen} neighbouring cells of 24", (40, exact), (0, 2),
                       textcoords="offset points", fontsize=7)
