@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from data import (GSM, IGNORE, TASKS, Depo, Rule110, generator, in_held_out, p_answers, p_drawn,
-                  p_one, rule110)
+                  p_one, rule110, truth_table)
 from model import (ROPE_BASE, Config, GatedDeltaNet, Hybrid, attention, gated_delta_rule, prepare,
                    read_and_write)
 from sleep import Memory, Stream, algorithm1, cut, evict, passes, sleep, wake
@@ -1613,6 +1614,21 @@ def test_numbers_of_the_readme_are_in_the_logs():
                 for first, arguments, pattern in rows]
     wrong = [row for row in expected if row not in README.splitlines()]
     assert not wrong, "\n".join(wrong)
+
+
+def test_oracle_equals_counting():
+    """Guards the dotted lines of Fig. 2b: the best answers of who sees some neighbouring cells."""
+    pytest.importorskip("matplotlib")
+    oracle = runpy.run_path(HERE / "results/plot.py")["oracle"]
+    cells, t, seen, best = 7, 9, 3, 0
+    states = list(product([0, 1], repeat=cells))
+    answers = rule110(torch.tensor(states), t)[:, 0].tolist()
+    for i in range(cells):  # the best answer is the more frequent one of each pattern seen
+        counts = Counter((tuple((2 * state)[i:i + seen]), answer)
+                         for state, answer in zip(states, answers))
+        patterns = product([0, 1], repeat=seen)
+        best = max(best, sum(max(counts[p, 0], counts[p, 1]) for p in patterns) / len(states))
+    assert oracle(truth_table(cells, t, 110), seen) == pytest.approx(100 * best**4)
 
 
 def test_figures_are_drawn_from_the_logs(tmp_path):
