@@ -17,7 +17,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from data import truth_table
-COLOURS = {1: "#888888", 2: "#2a6fbb", 4: "#c4442b"}  # of N
+COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of N
 
 
 def read(pattern: str) -> list[list[dict]]:
@@ -36,13 +36,13 @@ def band(axis, points: dict[float, list[float]], colour, label: str, **style):
     axis.fill_between(x, [*map(min, y)], [*map(max, y)], color=colour, alpha=0.2, lw=0)
 
 
-def against_tokens(axis, logs: list[list[dict]], n: int, colour, label: str):
+def against_tokens(axis, logs: list[list[dict]], n: int, colour, label: str, **style):
     """Exact accuracy on held-out instances in the course of training, with N = n."""
     points = defaultdict(list)
     for _, *records in logs:
         for tokens, exact in {r["tokens"]: r["exact"] for r in records if r["loops"] == n}.items():
             points[tokens / 1e6].append(100 * exact)
-    band(axis, points, colour, label)
+    band(axis, points, colour, label, **style)
 
 
 def laptop(figure):
@@ -82,6 +82,20 @@ def fig2a(figure):
     axes[1].set(title="after 40 million tokens", xlabel="t, steps of the automaton")
     axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
     axes[1].legend()
+
+
+def two_blocks(figure):
+    """Rule 110 in the paper's size but for half the blocks: what N adds where depth is short."""
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, t in zip(axes, (8, 10)):
+        logs = read(f"two-blocks/t{t}-s*.jsonl")
+        for n in (1, 2, 4):
+            against_tokens(axis, logs, n, COLOURS[n], f"two blocks, N = {n}")
+        against_tokens(axis, read(f"fig2a/t{t}-s*.jsonl"), 1, "black", "four blocks, N = 1", ls=":")
+        axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
+        axis.set(title=f"t = {t}", xlabel="training tokens, millions", ylim=(0, 102))
+    axes[0].set(ylabel="exact, %")
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def oracle(table: np.ndarray, seen: int) -> float:
@@ -147,7 +161,7 @@ def main():
     matplotlib.rcParams.update({"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
                                 "axes.spines.top": False, "axes.spines.right": False,
                                 "legend.frameon": False})
-    for draw in (laptop, fig2a, fig2b, speed):
+    for draw in (laptop, fig2a, two_blocks, fig2b, speed):
         figure = plt.figure(figsize=(7, 2.8), layout="constrained")
         draw(figure)
         figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
