@@ -134,6 +134,55 @@ def fig2b(figure):
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
+def by_level(axis, logs: list[list[dict]], n: int, colour, label: str, score: str, **style):
+    """The last score with N = n, by level."""
+    points = defaultdict(list)
+    for _, *records in logs:
+        last = [record for record in records if record["loops"] == n][-1]
+        for level, scores in last["levels"].items():
+            points[int(level)].append(scores[score] * (100 if score == "exact" else 1))
+    band(axis, points, colour, label, marker="o", ms=3, **style)
+    axis.set(xticks=sorted(points))
+
+
+def fig3(figure):
+    """The paper's Fig. 3, Depo: test loss by k; in the small, and on the way with 75 nodes."""
+    axes, small = figure.subplots(1, 2), read("depo/two-blocks-s*.jsonl")
+    for n in (1, 2, 4):
+        by_level(axes[0], small, n, COLOURS[n], f"two blocks, N = {n}", "loss")
+    by_level(axes[0], read("depo/four-blocks-s*.jsonl"), 1, "black", "four blocks, N = 1", "loss", ls=":")
+    logs = read("depo/nodes75.jsonl")
+    for n in (1, 2, 4):
+        for k, style in (("1", "-"), ("16", ":")):
+            points = [(record["tokens"] / 1e6, record["levels"][k]["loss"])
+                      for record in logs[0][1:] if record["loops"] == n and record["step"]]
+            axes[1].plot(*zip(*points), color=COLOURS[n], label=f"k = {k}, N = {n}", ls=style)
+    for axis, (header, *_), corner in zip(axes, (small[0], logs[0]), ("right", "left")):
+        names, nodes = header["config"]["names"], header["config"]["nodes"]
+        scored = 1 + (names + 2 * names**2) / (names + names**2)  # the marker and a name
+        axis.axhline(np.log(nodes) / scored, color="black", lw=0.8, ls="--", label="any node")
+        axis.set(title=f"{nodes} nodes", ylim=(0, None))
+        axis.legend(loc=f"lower {corner}", fontsize=7)
+    axes[0].set(xlabel="k, hops", ylabel="test loss, nats a scored token")
+    axes[1].set(xlabel="training tokens, millions")
+
+
+def fig4(figure):
+    """The paper's Fig. 4 and 5, GSM: exact accuracy by number of operations."""
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, pattern, title in ((axes[0], "gsm/two-blocks-s*.jsonl", "two blocks"),
+                                 (axes[1], "gsm/sliding-s*.jsonl", "the same, sliding"),
+                                 (axes[2], "gsm/ops6.jsonl", "four blocks")):
+        logs = read(pattern)
+        for n in (1, 2, 4):
+            by_level(axis, logs, n, COLOURS[n], f"N = {n}", "exact")
+        floors = {int(k): 100 * level["floor"] for k, level in logs[0][1]["levels"].items()}
+        axis.plot(*zip(*floors.items()), color="black", lw=0.8, ls="--", label="floor")
+        axis.set(title=title, xlabel="operations", ylim=(0, 102))
+    axes[0].set(ylabel="exact, %")
+    axes[2].legend()
+
+
 def speed(figure):
     """The paper's Fig. 6: throughput against N and against L, on an H100."""
     rows = [row for row in read("bench/h100.jsonl")[0][1:] if "ms" in row]
@@ -161,7 +210,7 @@ def main():
     matplotlib.rcParams.update({"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
                                 "axes.spines.top": False, "axes.spines.right": False,
                                 "legend.frameon": False})
-    for draw in (laptop, fig2a, two_blocks, fig2b, speed):
+    for draw in (laptop, fig2a, two_blocks, fig2b, fig3, fig4, speed):
         figure = plt.figure(figsize=(7, 2.8), layout="constrained")
         draw(figure)
         figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
