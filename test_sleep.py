@@ -1631,6 +1631,16 @@ def test_oracle_equals_counting():
     assert oracle(truth_table(cells, t, 110), seen) == pytest.approx(100 * best**4)
 
 
+def test_guess_equals_counting():
+    """Guards the dashed line of Fig. 3: a guess's loss is its name's, over all scored tokens."""
+    pytest.importorskip("matplotlib")
+    guess = runpy.run_path(HERE / "results/plot.py")["guess"]
+    task = Depo(nodes=6, hops=2, questions=3, names=4)
+    _, targets = task.batch(4000, torch.Generator().manual_seed(0), level=2)
+    scored = (targets != IGNORE).sum().item() / 4000
+    assert guess(6, 3, 4) == pytest.approx(math.log(6 * 5 * 4) / scored, rel=0.01)
+
+
 def test_figures_are_drawn_from_the_logs(tmp_path):
     """Guards the figures: the logs draw each one that the README shows."""
     pytest.importorskip("matplotlib")

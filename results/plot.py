@@ -1,13 +1,14 @@
 """Draw the README's figures from the logs beside this file: python results/plot.py [DIR].
 
 Needs matplotlib. Lines are means over seeds, bands reach from the worst seed to the best, dashed is
-the floor: what always giving the same answer earns; dotted, what a part of the input allows. The
-SVG files go to DIR, by default here.
+the floor: what always giving the same answer earns, in losses what a guess does. The SVG files go
+to DIR, by default here.
 """
 
 import json
 import sys
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from data import truth_table
+from data import p_drawn, truth_table
 COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of N
 
 
@@ -36,13 +37,32 @@ def band(axis, points: dict[float, list[float]], colour, label: str, **style):
     axis.fill_between(x, [*map(min, y)], [*map(max, y)], color=colour, alpha=0.2, lw=0)
 
 
-def against_tokens(axis, logs: list[list[dict]], n: int, colour, label: str, **style):
-    """Exact accuracy on held-out instances in the course of training, with N = n."""
+def exact(scores: dict) -> float:
+    return 100 * scores["exact"]
+
+
+def against_tokens(axis, logs: list[list[dict]], n: int, colour, label: str, score=exact, **style):
+    """A score on held-out instances in the course of training, with N = n."""
     points = defaultdict(list)
     for _, *records in logs:
-        for tokens, exact in {r["tokens"]: r["exact"] for r in records if r["loops"] == n}.items():
-            points[tokens / 1e6].append(100 * exact)
+        for tokens, y in {r["tokens"]: score(r) for r in records if r["loops"] == n}.items():
+            points[tokens / 1e6].append(y)
     band(axis, points, colour, label, **style)
+
+
+def last(logs: list[list[dict]], n: int) -> list[dict]:
+    """The last record with N = n of each log."""
+    return [[record for record in records if record["loops"] == n][-1] for _, *records in logs]
+
+
+def by_level(axis, logs: list[list[dict]], n: int, colour, label: str, score=exact, **style):
+    """A score on held-out instances after training, with N = n, by level."""
+    points = defaultdict(list)
+    for record in last(logs, n):
+        for level, scores in record["levels"].items():
+            points[int(level)].append(score(scores))
+    band(axis, points, colour, label, marker="o", ms=3, **style)
+    axis.set(xticks=sorted(points))
 
 
 def laptop(figure):
@@ -53,9 +73,9 @@ def laptop(figure):
     for name, colour, label in (("laptop", COLOURS[2], "trained with N = 2"),
                                 ("random", COLOURS[4], "with a random N of 1 and 2")):
         points = defaultdict(list)
-        for _, *_, last in read(f"short/{name}-s*.jsonl"):
-            for n, scores in last["eval_loops"].items():
-                points[int(n)].append(100 * scores["exact"])
+        for _, *_, end in read(f"short/{name}-s*.jsonl"):
+            for n, scores in end["eval_loops"].items():
+                points[int(n)].append(exact(scores))
         band(axes[1], points, colour, label, marker="o", ms=3)
     for axis in axes:
         axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
@@ -73,8 +93,7 @@ def fig2a(figure):
         against_tokens(axes[0], logs, 1, matplotlib.colormaps["viridis"](i / 6), f"t = {t}")
         floors[t] = 100 * logs[0][1]["floor"]
         for n in (1, 2, 4):
-            last = [[r for r in records if r["loops"] == n][-1] for _, *records in logs]
-            ends[n][t] = [100 * record["exact"] for record in last]
+            ends[n][t] = [exact(record) for record in last(logs, n)]
     for n, points in ends.items():
         band(axes[1], points, COLOURS[n], f"N = {n}", marker="o", ms=3)
     axes[1].plot(*zip(*floors.items()), color="black", lw=0.8, ls="--", label="floor")
@@ -134,53 +153,46 @@ def fig2b(figure):
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def by_level(axis, logs: list[list[dict]], n: int, colour, label: str, score: str, **style):
-    """The last score with N = n, by level."""
-    points = defaultdict(list)
-    for _, *records in logs:
-        last = [record for record in records if record["loops"] == n][-1]
-        for level, scores in last["levels"].items():
-            points[int(level)].append(scores[score] * (100 if score == "exact" else 1))
-    band(axis, points, colour, label, marker="o", ms=3, **style)
-    axis.set(xticks=sorted(points))
+def guess(nodes: int, questions: int, names: int) -> float:
+    """Depo's loss, nats a scored token, of who names any node that no answer before was."""
+    scored = 3 - names * p_drawn(nodes, names)[nodes] / nodes  # the marker, a name of 1 or 2 tokens
+    return np.log(nodes - np.arange(questions)).mean() / scored
 
 
 def fig3(figure):
     """The paper's Fig. 3, Depo: test loss by k; in the small, and on the way with 75 nodes."""
-    axes, small = figure.subplots(1, 2), read("depo/two-blocks-s*.jsonl")
+    axes, small, large = figure.subplots(1, 2), read("depo/two*.jsonl"), read("depo/nodes75.jsonl")
     for n in (1, 2, 4):
-        by_level(axes[0], small, n, COLOURS[n], f"two blocks, N = {n}", "loss")
-    by_level(axes[0], read("depo/four-blocks-s*.jsonl"), 1, "black", "four blocks, N = 1", "loss", ls=":")
-    logs = read("depo/nodes75.jsonl")
-    for n in (1, 2, 4):
-        for k, style in (("1", "-"), ("16", ":")):
-            points = [(record["tokens"] / 1e6, record["levels"][k]["loss"])
-                      for record in logs[0][1:] if record["loops"] == n and record["step"]]
-            axes[1].plot(*zip(*points), color=COLOURS[n], label=f"k = {k}, N = {n}", ls=style)
-    for axis, (header, *_), corner in zip(axes, (small[0], logs[0]), ("right", "left")):
-        names, nodes = header["config"]["names"], header["config"]["nodes"]
-        scored = 1 + (names + 2 * names**2) / (names + names**2)  # the marker and a name
-        axis.axhline(np.log(nodes) / scored, color="black", lw=0.8, ls="--", label="any node")
-        axis.set(title=f"{nodes} nodes", ylim=(0, None))
+        by_level(axes[0], small, n, COLOURS[n], f"two blocks, N = {n}", itemgetter("loss"))
+        for k, style in (("1", "-"), ("2", ":")):
+            against_tokens(axes[1], large, n, COLOURS[n], f"k = {k}, N = {n}",
+                           lambda record: record["levels"][k]["loss"], ls=style)
+    by_level(axes[0], read("depo/four*.jsonl"), 1, "black", "four blocks, N = 1",
+             itemgetter("loss"), ls=":")
+    for axis, ((header, *_), *_), corner in zip(axes, (small, large), ("right", "left")):
+        nodes, *others = (header["config"][name] for name in ("nodes", "questions", "names"))
+        axis.axhline(guess(nodes, *others), color="black", lw=0.8, ls="--", label="a guess")
         axis.legend(loc=f"lower {corner}", fontsize=7)
-    axes[0].set(xlabel="k, hops", ylabel="test loss, nats a scored token")
-    axes[1].set(xlabel="training tokens, millions")
+        axis.set(title=f"{nodes} nodes")
+    axes[0].set(xlabel="k, hops", ylabel="test loss, nats a scored token", ylim=(0, 0.8))
+    axes[1].set(xlabel="training tokens, millions", ylim=(0, 2))
 
 
 def fig4(figure):
     """The paper's Fig. 4 and 5, GSM: exact accuracy by number of operations."""
     axes = figure.subplots(1, 3, sharey=True)
-    for axis, pattern, title in ((axes[0], "gsm/two-blocks-s*.jsonl", "two blocks"),
-                                 (axes[1], "gsm/sliding-s*.jsonl", "the same, sliding"),
-                                 (axes[2], "gsm/ops6.jsonl", "four blocks")):
+    for axis, pattern, title in ((axes[0], "gsm/two*.jsonl", "two blocks"),
+                                 (axes[1], "gsm/sliding*.jsonl", "two blocks, sliding"),
+                                 (axes[2], "gsm/ops6.jsonl", "four blocks, up to 6")):
         logs = read(pattern)
         for n in (1, 2, 4):
-            by_level(axis, logs, n, COLOURS[n], f"N = {n}", "exact")
+            by_level(axis, logs, n, COLOURS[n], f"N = {n}")
         floors = {int(k): 100 * level["floor"] for k, level in logs[0][1]["levels"].items()}
         axis.plot(*zip(*floors.items()), color="black", lw=0.8, ls="--", label="floor")
         axis.set(title=title, xlabel="operations", ylim=(0, 102))
+    by_level(axes[0], read("gsm/four*.jsonl"), 1, "black", "four blocks, N = 1", ls=":")
     axes[0].set(ylabel="exact, %")
-    axes[2].legend()
+    axes[0].legend(loc="center left", fontsize=7)
 
 
 def speed(figure):
