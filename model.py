@@ -36,7 +36,7 @@ class Config:
     d_model: int = 256      # d
     n_head: int = 4         # H; K = V = d / H
     dtype: str = "float32"  # of activations inside the blocks; parameters, h and S stay in float32
-    # Variants of the sleep, each read at one place; the defaults are Algorithm 1.
+    # Variants of the sleep; the defaults are Algorithm 1.
     eviction: str = "hard"       # hard: the whole cache; sliding: all but L - 1 tokens; none
     loop_blocks: tuple[int, int] | None = None  # only blocks i to j - 1 are looped; None: all
     carry: str = "h"             # a pass starts from the last one's h, or again from the first's
@@ -376,9 +376,10 @@ class Hybrid(nn.Module):
 
 
 # ------------------------------------------------------------------- GPU kernels, for speed only
-# `prepare` and `read_and_write` once more, letters as there; the tests compare both forms. What
-# plain torch writes to memory and reads again in some thirty kernels stays on chip: the rule of a
-# window, forward and backward, takes 0.15 ms instead of 1.6 (H100; B = 512, L = 24, K = 64).
+# `prepare` and `read_and_write` once more, letters as there, but for T, the inverse of I + A, and
+# C, the L tokens rounded up to 16 or 32; the tests compare both forms. What plain torch writes to
+# memory and reads again in some thirty kernels stays on chip: the rule of a window, forward and
+# backward, takes 0.15 ms instead of 1.6 (H100; B = 512, L = 24, K = 64).
 # Decays, sums and S are float32, I + A is inverted in tf32, other factors of products in bfloat16.
 
 jit = triton.jit if triton else lambda function: function

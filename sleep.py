@@ -8,10 +8,10 @@ else changes; answering later is one ordinary forward pass. With N = 1 this is t
 special case below.
 
 Letters, here and in model.py (code name in parentheses where it differs):
-    B  batch                          D  number of blocks (len(layout))   N  passes asleep (loops)
-    T  tokens in a sequence           d  width (d_model)                  S  fast weights of a block
-    L  tokens in a window (window)    H  heads (n_head)                   h  hidden states (B, L, d)
-    C  keys and values in the cache   K, V  size of a key, of a value
+    B  batch                          d  width (d_model)                N  passes asleep (loops)
+    T  tokens in a sequence           H  heads (n_head)                 S  fast weights of a block
+    L  tokens in a window (window)    K, V  size of a key, of a value   h  hidden states (B, L, d)
+    C  keys and values in the cache
 """
 
 from typing import NamedTuple
@@ -60,18 +60,18 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int, asleep: bool = Fal
         raise ValueError(f"loops {loops}: must be at least 1")
     c, (i, j) = model.config, model.config.loop_blocks
     need_cache = not asleep or c.keep != 0
-    first, begun = h, after = model.blocks(
-        model.embed(tokens, offset), memory, 0, i, True, need_cache)
+    first, prelude = model.blocks(model.embed(tokens, offset), memory, 0, i, True, need_cache)
 
     def one_pass(last: bool, h: Tensor, *S: Tensor | None) -> tuple[Tensor | None, Memory]:
-        h = h if c.carry == "h" else first
-        S = S if c.carry_S else begun.S
         stop, need_h = (len(c.layout), not asleep) if last else (j, True)
         return model.blocks(  # the last pass goes on through the blocks behind the loop
-            h, Memory(begun.cache, S), i, stop, need_h, last and need_cache)  # Eq. (6)
+            h, Memory(prelude.cache, S), i, stop, need_h, last and need_cache)  # Eq. (6)
 
+    h, after = first, prelude
     for n in range(1, loops + 1):
-        h, after = recomputed(model, one_pass, n == loops, h, *after.S)
+        h = h if c.carry == "h" else first
+        S = after.S if c.carry_S else prelude.S
+        h, after = recomputed(model, one_pass, n == loops, h, *S)
     return h, after
 
 
@@ -104,8 +104,8 @@ def sleep(model, tokens: Tensor, memory: Memory, loops: int) -> Memory:
     h is dropped, so that S (and what `evict` keeps of the cache) is the only road from this window
     to the future, and for gradients back into it.
     """
-    begun = memory  # Choice: start of sleep
-    return recomputed(model, passes, model, tokens, begun, loops, True)[1]
+    return recomputed(  # Choice: start of sleep
+        model, passes, model, tokens, memory, loops, True)[1]
 
 
 def evict(memory: Memory, keep: int | None = 0) -> Memory:
@@ -119,7 +119,7 @@ def evict(memory: Memory, keep: int | None = 0) -> Memory:
     if keep == 0:
         return memory._replace(cache=(None,) * len(memory.cache))
     return memory._replace(cache=tuple(
-        Cache(entry.k[:, :, -keep:], entry.v[:, :, -keep:]) if isinstance(entry, Cache) else entry
+        Cache(*(x[:, :, -keep:].clone() for x in entry)) if isinstance(entry, Cache) else entry
         for entry in memory.cache))
 
 

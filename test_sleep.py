@@ -375,6 +375,17 @@ def test_stream_memory_is_bounded():
     assert [size["tokens"] for size in sizes] == [8 * n for n in [1, 2, 3, 4, 0] * 8]
 
 
+def test_a_sliding_window_lets_go_of_what_it_evicts():
+    """Guards Stream.bytes: no key or value that is kept is a view of more than is kept."""
+    stream = Stream(hybrid(eviction="sliding"), loops=2)
+    for _ in range(12):
+        stream.feed(torch.zeros(1, dtype=torch.long))
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for memory in (stream.start, stream.memory) for entry in memory.cache
+                for x in entry or ()}
+        assert sum(held.values()) <= stream.bytes()["cache"]
+
+
 # -------------------------------------------------------------------------- 5. the information path
 
 def test_only_S_crosses_the_boundary():
@@ -955,6 +966,26 @@ def interrupt(patch, step):
     patch.setattr(train, "lr_factor", interrupting)
 
 
+def test_ctrl_c_twice_stops_at_once(tmp_path, monkeypatch, capsys):
+    """Guards the second Ctrl-C: one line instead of a traceback."""
+    interrupt(monkeypatch, 3)
+    interrupt(monkeypatch, 3)
+    arguments = [*TINY, "--steps", "5", "--loops", "1", "--out", str(tmp_path / "run")]
+    assert train.main(arguments) == 130
+    assert capsys.readouterr().err.startswith("train.py: stopped at once")
+
+
+def test_ctrl_c_after_the_end_changes_nothing(tmp_path, monkeypatch):
+    """Guards a finished run that is resumed and stopped: its log and checkpoints stay."""
+    folder = tmp_path / "run"
+    arguments = [*TINY, "--steps", "2", "--loops", "1,2", "--out", str(folder)]
+    assert train.main(arguments) == 0
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(train, "print_facts", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert train.main(["--resume", str(folder)]) == 0
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("loops, stop_after", [(1, 3), (1, 10), (2, 7)])
 def test_resume_is_exact(tmp_path, monkeypatch, capsys, loops, stop_after):
     """Guards --resume: Ctrl-C after any step, in either model, then on: bitwise the same."""
@@ -1019,18 +1050,33 @@ def test_scores_by_hand(monkeypatch):
     assert scores == {"loss": 0.5, "bit": pytest.approx(6 / 7), "exact": pytest.approx(2 / 3)}
 
 
-def test_write_leaves_no_half_file(tmp_path):
+def test_write_leaves_no_half_file(tmp_path, monkeypatch):
     """Guards the files that were there: a save that dies halfway changes nothing."""
     path = tmp_path / "file"
     path.write_text("old")
 
-    def dying(temporary):
+    def dying(temporary, data):
         temporary.write_text("ne")
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(Path, "write_bytes", dying)
     with pytest.raises(KeyboardInterrupt):
-        train.write(path, dying)
+        train.write(path, b"new")
     assert path.read_text() == "old"
+
+
+def test_disk_full_is_one_line(tmp_path, monkeypatch, capsys):
+    """Guards a checkpoint that can't be written: one line, exit code 2."""
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    arguments = [*TINY, "--steps", "1", "--loops", "1", "--out", str(tmp_path / "run")]
+    writing = train.write
+    monkeypatch.setattr(train, "write", lambda path, data: (full if path.suffix == ".pt" else
+                                                            writing)(path, data))
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "No space left on device" in error and "N1.pt" in error
 
 
 def test_bfloat16_products():

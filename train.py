@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import io
 import itertools
 import json
 import math
@@ -240,7 +241,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["mean"] = torch.zeros_like(p, requires_grad=False)
+                self.state[p]["mean"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -350,7 +351,7 @@ def uncompiled(fast: str):
 
 def stage(values: list | None, step: int, steps: int, default=None):
     """Which of `values` holds at `step`, each for an equal part of the run."""
-    return values[min(step * len(values) // steps, len(values) - 1)] if values else default
+    return values[step * len(values) // steps] if values else default
 
 
 def batches(task, options: argparse.Namespace, step: int):
@@ -395,16 +396,16 @@ def evaluate_levels(model: Hybrid, task, held_out: dict, loops: int, windows: li
 
 # ----------------------------------------------------------------------------------- a run's folder
 
-def write(path: Path, save):
-    """save(a temporary path), then rename: path holds the old file or the new one, never half."""
+def write(path: Path, data: bytes):
+    """To a temporary file, then rename: path holds the old file or the new one, never half."""
     temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
+    temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def write_log(folder: Path, header: dict, records: list[dict]):
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in [header, *records])
-    write(folder / "log.jsonl", lambda path: path.write_text(text))
+    write(folder / "log.jsonl", text.encode())
 
 
 def make_header(argv: list[str], options: dict) -> dict:
@@ -418,7 +419,7 @@ def make_header(argv: list[str], options: dict) -> dict:
     hardware = (torch.cuda.get_device_name() if options["device"] == "cuda"
                 else f"CPU, {torch.get_num_threads()} threads")
     return {"command": shlex.join(["python", "train.py", *argv]),
-            "commit": os.environ.get("COMMIT") or commit or "unknown",
+            "commit": os.environ.get("COMMIT") or commit or "unknown",  # COMMIT: copies without git
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
             "hardware": hardware, "config": options}
@@ -443,14 +444,16 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
         if {name: x for name, x in parsed.items() if name not in LEFT_OUT} \
                 != header["config"] or not {"command", "commit", "hardware"} <= header.keys():
             raise ValueError
-        lost = {f"N{record['loops']}.pt" for record in records if "bench" not in header
-                and not (folder / f"N{record['loops']}.pt").exists()}
+        if "bench" in header:
+            parser.error(f"{option} {folder}: must be a folder of a training run, not of --bench")
+        lost = {name for record in records
+                if not (folder / (name := f"N{record['loops']}.pt")).exists()}
     except (FileNotFoundError, NotADirectoryError):
         parser.error(f"{option} {folder}: must be a folder that train.py wrote; no log.jsonl there")
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+    except OSError as error:
+        parser.error(f"{option} {folder}: its log.jsonl cannot be read: {error.strerror}")
+    except (ValueError, LookupError, AttributeError, TypeError):
         parser.error(f"{option} {folder}: its log.jsonl is damaged or of another version")
-    if "bench" in header:
-        parser.error(f"{option} {folder}: must be a folder of a training run, not of --bench")
     if lost:
         parser.error(f"{option} {folder}: {', '.join(sorted(lost))} must be there, its log has "
                      "results of it")
@@ -516,7 +519,7 @@ def build(options: dict):
     if options["loops_schedule"] and options["loops"] != options["loops_schedule"][-1:]:
         schedule = ",".join(map(str, options["loops_schedule"]))
         raise ValueError(f"loops_schedule {schedule}: must end in the only N of --loops")
-    if options.get("loops_random") and not options["loops_schedule"]:
+    if options["loops_random"] and not options["loops_schedule"]:
         raise ValueError("loops_random: must come with --loops_schedule")
     torch.manual_seed(options["seed"])
     return task, Hybrid(Config(**{"vocab_size": task.vocab_size, "window": task.window, **model}))
@@ -525,17 +528,14 @@ def build(options: dict):
 def new_folder(task: str) -> Path:
     """out/TASK-001, or the first number that is free."""
     Path("out").mkdir(exist_ok=True)
-    for number in range(1, sys.maxsize):
-        folder = Path("out") / f"{task}-{number:03d}"
-        try:
-            folder.mkdir()
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            (folder := Path("out") / f"{task}-{number:03d}").mkdir()
             return folder
-        except FileExistsError:
-            continue
 
 
-def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict, bool]:
-    """Options, folder and log header of a run; whether --bench. Exits with 2 if impossible."""
+def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
+    """Options, folder and log header of a run. Exits with 2 if impossible."""
     parser = get_parser()
     options = parse(parser, argv)
     if options["bench"]:
@@ -552,7 +552,8 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict, bool]:
     if options["device"] == "auto":
         options["device"] = "cuda" if gpu else "cpu"
     if options["device"] == "cuda" and not gpu:
-        parser.error("--device cuda: there is none here; valid are cpu and auto")
+        parser.error(f"--resume {resume}: runs on cuda, and there is none here" if resume else
+                     "--device cuda: there is none here; valid are cpu and auto")
     if options["dtype"] == "auto":
         options["dtype"] = "bfloat16" if options["device"] == "cuda" else "float32"
     options["batch"] = options["batch"] or (512 if options["device"] == "cuda" else 64)
@@ -573,7 +574,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict, bool]:
     except ValueError as error:
         parser.error(f"--{error}")
     if resume:
-        return argparse.Namespace(**options), resume, header, False
+        return argparse.Namespace(**options), resume, header
 
     header = make_header(argv, options) | ({"bench": True} if bench else {})
     try:
@@ -589,35 +590,19 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict, bool]:
             write_log(out, header, [])
     except OSError as error:
         parser.error(f"--out {error.filename}: {error.strerror}; must be a folder that can be made")
-    return argparse.Namespace(**options), out, header, bench
+    return argparse.Namespace(**options), out, header
 
 
 # ----------------------------------------------------------------------------------------- training
 
-def read(path: Path, header: dict, loops: int) -> dict:
-    """A checkpoint of this run. Raises Halt if it is damaged or of another run."""
+@contextlib.contextmanager
+def reading(path: Path):
+    """A context in which a checkpoint that is damaged or of another run ends this one."""
     try:
-        saved = torch.load(path, weights_only=True)
-        if (saved["config"], saved["loops"]) != (header["config"], loops) or "fresh" not in saved:
-            raise ValueError
-        return saved
+        yield
     except UNREADABLE:
-        raise unfit(path) from None
-
-
-def restore(saved: dict, path: Path, model: Hybrid, optimizers: list[torch.optim.Optimizer]):
-    """Fill model and optimizers from a checkpoint. Raises Halt if it does not fit."""
-    try:
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-    except UNREADABLE:
-        raise unfit(path) from None
-
-
-def unfit(path: Path) -> Halt:
-    return Halt(2, f"error: --resume {path.parent}: {path.name} is truncated, damaged or of "
-                   "another model")
+        raise Halt(2, f"error: --resume {path.parent}: {path.name} is truncated, damaged or of "
+                      "another model") from None
 
 
 def levels_of(task, options: argparse.Namespace) -> list[int]:
@@ -697,16 +682,25 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
     """
     task, model = build(vars(options))
     checkpoint = folder / f"N{loops}.pt"
-    saved = read(checkpoint, header, loops) if checkpoint.exists() else None
-    fresh = saved["fresh"] if saved else initialize(model, vars(options))
+    if resumed := checkpoint.exists():
+        with reading(checkpoint):
+            saved = torch.load(checkpoint, weights_only=True)
+            if (saved["config"], saved["loops"]) != (header["config"], loops):
+                raise ValueError
+            fresh = saved["fresh"]
+            model.load_state_dict(saved["model"])
+    else:
+        fresh = initialize(model, vars(options))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(options.train == "all" or name in fresh)
     model.to(options.device)
     optimizers = make_optimizers(model, options.muon_lr, options.lr)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     step, token_passes, seconds, records, train_loss = 0, 0, 0.0, [], None
-    if saved:
-        restore(saved, checkpoint, model, optimizers)
+    if resumed:
+        with reading(checkpoint):
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
         step, token_passes, seconds, records = (
             saved[name] for name in ("step", "token_passes", "seconds", "records"))
         log.extend(records)
@@ -732,7 +726,8 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                  "step": step, "token_passes": token_passes, "seconds": time.time() - began,
                  "model": model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        write(checkpoint, lambda path: torch.save(state, path))
+        torch.save(state, buffer := io.BytesIO())  # into a file it would hide why it failed
+        write(checkpoint, buffer.getvalue())
         write_log(folder, header, log)
 
     def diverged(step):
@@ -762,30 +757,30 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 last, again = step == options.steps, None
                 others = options.eval_loops or [] if last else []
                 with uncompiled(options.fast):
-                    scores, *rest = [evaluate_levels(model, task, held_out, n, windows)
-                                     for n in [loops, *others]]
+                    scores = {n: evaluate_levels(model, task, held_out, n, windows)
+                              for n in {loops, *others}}
                     if last and step > 0 and not options.curriculum:
                         again = evaluate(model, *seen(task, options, size), loops, windows)
-                if not math.isfinite(scores["loss"]):
+                if not math.isfinite(scores[loops]["loss"]):
                     diverged(step)
                 record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
-                          "token_passes": token_passes, "train_loss": train_loss, **scores,
+                          "token_passes": token_passes, "train_loss": train_loss, **scores[loops],
                           "seconds": round(time.time() - began, 2)}
                 if others:
-                    record["eval_loops"] = {n: scores for n, scores in zip(others, rest)
-                                            if math.isfinite(scores["loss"])}
+                    record["eval_loops"] = {n: scores[n] for n in others
+                                            if math.isfinite(scores[n]["loss"])}
                 if again and math.isfinite(again["loss"]):
                     record["seen"] = again
                 records.append(record)
                 log.append(record)
                 tqdm.write(line(record))
                 save()
+            if step == options.steps:
+                break
             if stop.is_set():
                 save()
                 raise Halt(130, "saved; go on with: python train.py --resume "
                                 + shlex.quote(str(folder)))
-            if step == options.steps:
-                break
 
             tokens, targets = next(data)
             N = passes_of(options, step, loops)
@@ -815,8 +810,9 @@ def print_facts(options: argparse.Namespace, folder: Path, header: dict):
           f"parameters and S in float32\n"
           f"step    {options.fast}: {FAST[options.fast]} (--fast)\n"
           f"folder  {folder}", flush=True)
-    if all(window.scored for window in windows) and options.sleep_at == "sleep":
-        print("note    no window is left to sleep on, N makes no difference: L is too large")
+    if options.sleep_at == "sleep" and (all(window.scored for window in windows)
+                                        or config.keep == 0 and set(config.layout) == {"a"}):
+        print("note    N makes no difference: L leaves no window to sleep on, or the layout no S")
 
 
 def print_table(log: list[dict]):
@@ -968,9 +964,9 @@ def main(argv: list[str] | None = None) -> int:
 
     default = signal.signal(signal.SIGINT, interrupt)
     try:
-        options, folder, header, bench = open_run(sys.argv[1:] if argv is None else argv)
+        options, folder, header = open_run(sys.argv[1:] if argv is None else argv)
         print_facts(options, folder, header)
-        if bench:
+        if "bench" in header:
             run_bench(options, folder, header, stop)
             return 0
         for loops in options.loops:
@@ -988,6 +984,12 @@ def main(argv: list[str] | None = None) -> int:
         print("train.py: error: not enough memory for this --batch, --eval_size, model or task; "
               "smaller ones must do, or --recompute", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train.py: stopped at once; the last checkpoint stands", file=sys.stderr)
+        return 130
     finally:
         signal.signal(signal.SIGINT, default)
 
