@@ -60,6 +60,7 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int, asleep: bool = Fal
         raise ValueError(f"loops {loops}: must be at least 1")
     c, (i, j) = model.config, model.config.loop_blocks
     need_cache = not asleep or c.keep != 0
+    # The blocks before the loop. By default there are none: first is the embedding, prelude memory.
     first, prelude = model.blocks(model.embed(tokens, offset), memory, 0, i, True, need_cache)
 
     def one_pass(last: bool, h: Tensor, *S: Tensor | None) -> tuple[Tensor | None, Memory]:
@@ -118,7 +119,7 @@ def evict(memory: Memory, keep: int | None = 0) -> Memory:
         return memory
     if keep == 0:
         return memory._replace(cache=(None,) * len(memory.cache))
-    return memory._replace(cache=tuple(
+    return memory._replace(cache=tuple(  # clones: a view would hold on to what is dropped
         Cache(*(x[:, :, -keep:].clone() for x in entry)) if isinstance(entry, Cache) else entry
         for entry in memory.cache))
 

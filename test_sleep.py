@@ -969,7 +969,7 @@ def interrupt(patch, step):
 def test_ctrl_c_twice_stops_at_once(tmp_path, monkeypatch, capsys):
     """Guards the second Ctrl-C: one line instead of a traceback."""
     interrupt(monkeypatch, 3)
-    interrupt(monkeypatch, 3)
+    interrupt(monkeypatch, 3)  # one around the other, in the same step
     arguments = [*TINY, "--steps", "5", "--loops", "1", "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 130
     assert capsys.readouterr().err.startswith("train.py: stopped at once")
@@ -1067,13 +1067,13 @@ def test_write_leaves_no_half_file(tmp_path, monkeypatch):
 
 def test_disk_full_is_one_line(tmp_path, monkeypatch, capsys):
     """Guards a checkpoint that can't be written: one line, exit code 2."""
-    def full(path, data):
-        raise OSError(28, "No space left on device", str(path))
+    def full(path, data, write=train.write):
+        if path.suffix == ".pt":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, data)
 
     arguments = [*TINY, "--steps", "1", "--loops", "1", "--out", str(tmp_path / "run")]
-    writing = train.write
-    monkeypatch.setattr(train, "write", lambda path, data: (full if path.suffix == ".pt" else
-                                                            writing)(path, data))
+    monkeypatch.setattr(train, "write", full)
     assert train.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "No space left on device" in error and "N1.pt" in error

@@ -988,7 +988,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train.py: stopped at once; the last checkpoint stands", file=sys.stderr)
+        print("train.py: stopped at once; what was saved before stands", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGINT, default)

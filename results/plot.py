@@ -169,11 +169,12 @@ def fig3(figure):
                            lambda record: record["levels"][k]["loss"], ls=style)
     by_level(axes[0], read("depo/four*.jsonl"), 1, "black", "four blocks, N = 1",
              itemgetter("loss"), ls=":")
-    for axis, ((header, *_), *_), corner in zip(axes, (small, large), ("right", "left")):
-        nodes, *others = (header["config"][name] for name in ("nodes", "questions", "names"))
-        axis.axhline(guess(nodes, *others), color="black", lw=0.8, ls="--", label="a guess")
-        axis.legend(loc=f"lower {corner}", fontsize=7)
-        axis.set(title=f"{nodes} nodes")
+    for axis, logs, corner in ((axes[0], small, "lower right"), (axes[1], large, "lower left")):
+        config = logs[0][0]["config"]
+        axis.axhline(guess(config["nodes"], config["questions"], config["names"]), color="black",
+                     lw=0.8, ls="--", label="a guess")
+        axis.legend(loc=corner, fontsize=7)
+        axis.set(title=f"{config['nodes']} nodes")
     axes[0].set(xlabel="k, hops", ylabel="test loss, nats a scored token", ylim=(0, 0.8))
     axes[1].set(xlabel="training tokens, millions", ylim=(0, 2))
 
