@@ -133,22 +133,26 @@ def oracle(table: np.ndarray, seen: int) -> float:
 
 def fig2b(figure):
     """The paper's Fig. 2b: t = 32, with what the paper prints after 4 to 5 billion tokens."""
-    axis, logs, table = figure.subplots(), read("t32/N*.jsonl"), truth_table(24, 32, 110)
-    for n in sorted({record["loops"] for _, *records in logs for record in records}):
-        against_tokens(axis, logs, n, COLOURS[n], f"N = {n}")
+    axis, table = figure.subplots(), truth_table(24, 32, 110)
+    for pattern, style in (("t32/N*.jsonl", {"lw": 0.8}), ("t32-2B/N*.jsonl", {"lw": 2})):
+        logs = read(pattern)  # thin: rates that fall towards 0.5 billion tokens; thick: 2 billion
+        length = f"{logs[0][-1]['tokens'] / 1e9:.1f} billion tokens"
+        for n in sorted({record["loops"] for _, *records in logs for record in records}):
+            against_tokens(axis, logs, n, COLOURS[n], f"N = {n}, {length}", **style)
     for n, exact, label in ((1, 10, "N = 1: about 10"), (2, 20, "N = 2: about 20"),
                             (4, 30, "N = 3, 4: above 30")):
         axis.plot(4500, exact, "s", color=COLOURS[n], ms=4)
-        axis.annotate(f"paper, {label}", (4500, exact), (-6, 4), textcoords="offset points",
-                      ha="right")
+        axis.annotate(f"paper, {label}", (4500, exact), (6, 2), textcoords="offset points",
+                      fontsize=7)
     axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
     for seen in (16, 20, 22):
         exact = oracle(table, seen)
         axis.axhline(exact, color="black", lw=0.5, ls=":")
         axis.annotate(f"best from {seen} neighbouring cells of 24", (40, exact), (0, 2),
                       textcoords="offset points", fontsize=7)
-    axis.set(title="t = 32", xlabel="training tokens, millions", ylabel="exact, %", xscale="log",
-             xlim=(36, 6000), ylim=(0, 40))
+    axis.set(title="t = 32", xlabel="training tokens, millions", ylabel="exact, %",
+             xlim=(38, 30000), ylim=(0, 40))
+    axis.set_xscale("log", nonpositive="mask")
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
