@@ -154,6 +154,18 @@ class Rule110:
         targets[:, -self.states:] = answers
         return tokens, targets
 
+    def dreams(self, tokens: Tensor, rounds: int, level: int | None = None) -> Tensor:
+        """What sleeps of so many rounds say of these tokens: int64 (B, states x rounds, cells).
+
+        Of every state, what it is after t / rounds steps, 2 t / rounds (rounded down), ..., t.
+        """
+        t = self.t if level is None else level
+        state, said = tokens[:, :self.states * self.cells].unflatten(1, (self.states, -1)), []
+        for r in range(rounds):
+            state = rule110(state, (r + 1) * t // rounds - r * t // rounds, self.automaton)
+            said.append(state)
+        return torch.stack(said, dim=2).flatten(1, 2)
+
     def floor(self, level: int | None = None) -> float:
         """Exact accuracy of the best constant answer, over all states; it takes no learning."""
         p = p_one(self.cells, self.t if level is None else level, self.automaton)

@@ -42,6 +42,7 @@ class Config:
     carry: str = "h"             # a pass starts from the last one's h, or again from the first's
     carry_S: bool = True         # ... and from its S, or again from the S at the window's start
     sleep_at: str = "sleep"      # where the N passes are spent: asleep, or awake in scored windows
+    dream: bool = False          # every two passes say a window, which the next two then read
     rule: str = "gdn"            # gdn, delta (no decay), mamba2 (Eq. 3 as printed: no delta rule)
     # No variant: the same numbers from less memory in more time.
     recompute: bool = False      # make activations again in the backward pass
@@ -64,6 +65,8 @@ class Config:
                             ("sleep_at", "sleep wake")):
             if getattr(self, name) not in valid.split():
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {valid}")
+        if self.dream and (self.eviction != "hard" or self.sleep_at != "sleep"):
+            raise ValueError("dream: must come with hard eviction and sleep_at sleep")
         self.loop_blocks = i, j = self.loop_blocks or (0, len(self.layout))
         if not 0 <= i < j <= len(self.layout):
             raise ValueError(f"loop_blocks {i}:{j}: must be i:j with 0 <= i < j <= "
@@ -329,7 +332,8 @@ class Hybrid(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.d_model))
+        self.embedding = nn.Parameter(  # a dreamt token's is not that of the same token read
+            torch.randn(config.vocab_size * (1 + config.dream), config.d_model))
         self.position = nn.Parameter(0.5 * torch.randn(config.window, config.d_model))
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layout)  # Eq. (4), (5)
         self.out = Matrices(config.d_model, config.vocab_size)

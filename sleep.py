@@ -53,8 +53,8 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int, asleep: bool = Fal
     from pass to pass; keys and values are made anew in each, beside those kept from earlier
     windows. Only the blocks i to j - 1 of loop_blocks are looped, those before and after run once.
     What nobody needs is not asked for, and so, compiled, not computed: the cache of a pass before
-    the last and, asleep, the last h and a cache about to be evicted are None. Raises ValueError if
-    loops < 1 or if the tokens reach beyond the window.
+    the last and, asleep, the last h (but for a dream) and a cache about to be evicted are None.
+    Raises ValueError if loops < 1 or if the tokens reach beyond the window.
     """
     if loops < 1:
         raise ValueError(f"loops {loops}: must be at least 1")
@@ -64,7 +64,7 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int, asleep: bool = Fal
     first, prelude = model.blocks(model.embed(tokens, offset), memory, 0, i, True, need_cache)
 
     def one_pass(last: bool, h: Tensor, *S: Tensor | None) -> tuple[Tensor | None, Memory]:
-        stop, need_h = (len(c.layout), not asleep) if last else (j, True)
+        stop, need_h = (len(c.layout), not asleep or c.dream) if last else (j, True)
         return model.blocks(  # the last pass goes on through the blocks behind the loop
             h, Memory(prelude.cache, S), i, stop, need_h, last and need_cache)  # Eq. (6)
 
@@ -97,16 +97,32 @@ def wake(model, tokens: Tensor, memory: Memory, loops: int = 1,
     return model.unembed(h), memory
 
 
-def sleep(model, tokens: Tensor, memory: Memory, loops: int) -> Memory:
+def sleep(model, tokens: Tensor, memory: Memory, loops: int,
+          said: list[Tensor] | None = None) -> Memory:
     """N = loops passes over one window (Eq. 6), before its cache is evicted: only memory remains.
 
     tokens (B, L) is the window; memory is what held when the window began, not what reading it
     awake has made of S since. That S is provisional, and for N = 1 it is computed again exactly.
     h is dropped, so that S (and what `evict` keeps of the cache) is the only road from this window
     to the future, and for gradients back into it.
+
+    A dream (config.dream; not in the paper) is a sleep in rounds of two passes, for a token learns
+    what stands ahead of it only from the S of the pass before. The tokens that OutProj makes of a
+    round's last h are the window that the next round reads. Their logits (B, L, vocabulary) join
+    `said`, so that training can tell each round what to say. Raises ValueError if loops is odd.
     """
-    return recomputed(  # Choice: start of sleep
-        model, passes, model, tokens, memory, loops, True)[1]
+    if not model.config.dream:
+        return recomputed(  # Choice: start of sleep
+            model, passes, model, tokens, memory, loops, True)[1]
+    if loops % 2:
+        raise ValueError(f"loops {loops}: must be even for a dream, whose rounds are two passes")
+    for _ in range(loops // 2):
+        h, memory = recomputed(model, passes, model, tokens, memory, 2, True)
+        logits = model.unembed(h)
+        tokens = logits.argmax(-1) + model.config.vocab_size
+        if said is not None:
+            said.append(logits)
+    return memory
 
 
 def evict(memory: Memory, keep: int | None = 0) -> Memory:
@@ -142,16 +158,20 @@ def cut(targets: Tensor, length: int) -> list[Window]:
 
 
 def algorithm1(model, tokens: Tensor, targets: Tensor, loops: int,
-               windows: list[Window] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+               windows: list[Window] | None = None,
+               dreams: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1: read window by window, asleep where nothing is scored, awake where it is.
 
     tokens, targets (B, T), targets -100 where not scored; windows = cut(targets, L), once for all
     batches. Returns the mean cross-entropy of the scored tokens, and for the P tokens of all
     prediction windows the logits (B, P, vocabulary) and targets (B, P). Backpropagation goes
     through everything. Raises ValueError if nothing is scored.
+
+    dreams (B, R, L): what the R rounds of all sleeps together must say; that cross-entropy, a mean
+    as well, is added to the loss.
     """
     asleep, awake = (loops, 1) if model.config.sleep_at == "sleep" else (1, loops)
-    memory, scores = model.empty_memory(len(tokens)), []         # Alg. 1: S = 0
+    memory, scores, said = model.empty_memory(len(tokens)), [], []  # Alg. 1: S = 0
     windows = windows or cut(targets, model.config.window)       # Alg. 1: windows
     for start, stop, scored in windows:
         window = tokens[:, start:stop]
@@ -159,12 +179,14 @@ def algorithm1(model, tokens: Tensor, targets: Tensor, loops: int,
             logits, memory = wake(model, window, memory, awake)  # Alg. 1: prediction
             scores.append((logits, targets[:, start:stop]))
         else:
-            memory = sleep(model, window, memory, asleep)        # Alg. 1: consolidation
+            memory = sleep(model, window, memory, asleep, said)  # Alg. 1: consolidation
         memory = evict(memory, model.config.keep)                # Alg. 1: eviction
     if not scores:
         raise ValueError("targets: no token is scored")
     logits, labels = (torch.cat(parts, dim=1) for parts in zip(*scores))
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())  # Alg. 1: loss
+    if dreams is not None:
+        loss = loss + F.cross_entropy(torch.stack(said, 1).flatten(0, 2), dreams.flatten())
     return loss, logits, labels
 
 

@@ -150,37 +150,50 @@ def literal_blocks(model, h, S, past, start=0, stop=None):
     return h, S, past
 
 
-def literal_algorithm1(model, tokens, targets, loops):
-    """Algorithm 1, from the paper's words. -> the mean cross-entropy of the scored tokens."""
+def literal_algorithm1(model, tokens, targets, loops, dreams=None):
+    """Algorithm 1, from the paper's words. -> the mean cross-entropy of the scored tokens.
+
+    A dream is so many sleeps of two passes, each but the first over what the one before said. The
+    windows of `dreams` (B, R, L) are what they should say, in this order.
+    """
     c, L, B, H = model.config, model.config.window, len(tokens), model.config.n_head
     zero = torch.zeros(B, H, c.d_model // H, c.d_model // H).double()
     S, past = [None if kind == "a" else zero for kind in c.layout], [None] * len(c.layout)
-    losses, (i, j) = [], c.loop_blocks
+    losses, said, (i, j) = [], [], c.loop_blocks
     while tokens.shape[1]:
         window, scored = tokens[:, :L], targets[:, :L]
         tokens, targets = tokens[:, L:], targets[:, L:]
         consolidation = (scored == IGNORE).all()
-        embedded, S, new_past = literal_blocks(
-            model, model.embedding[window] + model.position[:window.shape[1]], S, past, 0, i)
-        h, S_before = embedded, S
-        for n in range(loops if consolidation == (c.sleep_at == "sleep") else 1):
-            if c.carry == "embed":
-                h = embedded
-            if not c.carry_S:
-                S = S_before
-            h, S, new_past = literal_blocks(model, h, S, new_past[:i] + past[i:], i, j)
-        h, S, past = literal_blocks(model, h, S, new_past, j)
-        if c.eviction == "hard":
-            past = [None] * len(c.layout)
-        elif c.eviction == "sliding":
-            past = [tuple(x[..., -(L - 1):, :] for x in entry) if kind == "a" else entry
-                    for kind, entry in zip(c.layout, past)]
-        if not consolidation:
+        N = loops if consolidation == (c.sleep_at == "sleep") else 1
+        for N in [2] * (N // 2) if c.dream and consolidation else [N]:
+            embedded, S, new_past = literal_blocks(
+                model, model.embedding[window] + model.position[:window.shape[1]], S, past, 0, i)
+            h, S_before = embedded, S
+            for n in range(N):
+                if c.carry == "embed":
+                    h = embedded
+                if not c.carry_S:
+                    S = S_before
+                h, S, new_past = literal_blocks(model, h, S, new_past[:i] + past[i:], i, j)
+            h, S, past = literal_blocks(model, h, S, new_past, j)
+            if c.eviction == "hard":
+                past = [None] * len(c.layout)
+            elif c.eviction == "sliding":
+                past = [tuple(x[..., -(L - 1):, :] for x in entry) if kind == "a" else entry
+                        for kind, entry in zip(c.layout, past)]
             log_p = torch.log_softmax(literal_norm(h) @ model.out.weight[0].T, dim=-1)
+            if c.dream and consolidation:
+                said.append(log_p)
+                window = c.vocab_size + log_p.max(-1).indices
+        if not consolidation:
             losses += [-log_p[b, t, scored[b, t]]
                        for b, t in product(range(B), range(window.shape[1]))
                        if scored[b, t] != IGNORE]
-    return torch.stack(losses).mean()
+    loss = torch.stack(losses).mean()
+    if dreams is None:
+        return loss
+    return loss - torch.stack([said[r][b, t, dreams[b, r, t]] for b, r, t in product(
+        range(B), range(dreams.shape[1]), range(L))]).mean()
 
 
 # -------------------------------------------------------------------------------- 1. the delta rule
@@ -251,12 +264,15 @@ def test_attention_with_cache_equals_all_at_once(pieces):
     ("asas", 3, {"loop_blocks": (1, 3)}), ("sas", 2, {"carry": "embed"}),
     ("sa", 3, {"carry_S": False}), ("sas", 2, {"carry_S": False, "loop_blocks": (1, 3)}),
     ("asas", 2, {"sleep_at": "wake"}), ("as", 2, {"rule": "delta"}), ("as", 2, {"rule": "mamba2"}),
-    ("asam", 2, {"eviction": "sliding", "loop_blocks": (1, 4), "carry": "embed"})])
+    ("asam", 2, {"eviction": "sliding", "loop_blocks": (1, 4), "carry": "embed"}),
+    ("asas", 4, {"dream": True}), ("sas", 6, {"dream": True, "loop_blocks": (1, 3)})])
 def test_algorithm1_equals_its_words(layout, loops, variant):
     """Guards Eq. (1) to (6), Algorithm 1 and its variants: values, gradients of every parameter."""
     model, (tokens, targets) = hybrid(layout, **variant), sequences(rest=4, scored=3)
-    loss = algorithm1(model, tokens, targets, loops)[0]
-    literal = literal_algorithm1(model, tokens, targets, loops)
+    asleep = sum(not window.scored for window in cut(targets, 5))
+    dreams = (torch.randint(3, (len(tokens), asleep * loops // 2, 5)),) * model.config.dream
+    loss = algorithm1(model, tokens, targets, loops, None, *dreams)[0]
+    literal = literal_algorithm1(model, tokens, targets, loops, *dreams)
     torch.testing.assert_close(loss, literal)
     parameters = list(model.parameters())
     for a, b in zip(*(torch.autograd.grad(x, parameters, allow_unused=True, materialize_grads=True)
@@ -309,6 +325,19 @@ def test_stream_equals_algorithm1(loops, loop_blocks, eviction, rule):
     stream = Stream(model, loops, batch_size=len(tokens))
     logits = torch.stack([stream.feed(token) for token in tokens.T], dim=1)
     torch.testing.assert_close(logits[:, -3:], algorithm1(model, tokens, targets, loops)[1])
+
+
+def test_stream_dreams_as_it_trained():
+    """Guards the variant in use: rounds of two passes, each over what the one before said."""
+    model, (tokens, targets) = hybrid(dream=True), sequences()
+    stream = Stream(model, 4, batch_size=len(tokens))
+    logits = torch.stack([stream.feed(token) for token in tokens.T], dim=1)
+    torch.testing.assert_close(logits[:, -2:], algorithm1(model, tokens, targets, 4)[1][:, -2:])
+    model.config.dream = False
+    assert not torch.equal(logits[:, -2:], algorithm1(model, tokens, targets, 4)[1][:, -2:])
+    with pytest.raises(ValueError, match="loops 3: must be even for a dream"):
+        model.config.dream = True
+        sleep(model, tokens[:, :5], model.empty_memory(2), 3)
 
 
 def test_one_loop_repeats_the_provisional_state():
@@ -548,6 +577,19 @@ def test_levels_of_rule110():
                               other.batch(20, generator(0, 0), "held-out")):
         assert torch.equal(ours, expected)
     assert task.floor(level=2) == other.floor() and task.levels == (5,)
+
+
+def test_dreams_are_the_states_in_between():
+    """Guards what a dream is told: another state's, a step too many, cells out of order."""
+    task = Rule110(cells=5, states=2, t=7)
+    tokens, targets = task.batch(3, generator(0, 0))
+    dreams = task.dreams(tokens, 3)
+    assert dreams.shape == (3, 6, 5)
+    for b, state, (r, t) in product(range(3), range(2), enumerate((2, 4, 7))):
+        expected = rule110(tokens[b, 5 * state:5 * state + 5], t)
+        assert torch.equal(dreams[b, 3 * state + r], expected)
+    assert torch.equal(dreams[:, [2, 5], 0], targets[:, -2:])
+    assert torch.equal(task.dreams(tokens, 1, level=2), dreams[:, [0, 3]])
 
 
 # ------------------------------------------------------------------------------------ 7a. Depo, GSM
@@ -1152,7 +1194,7 @@ def test_curriculum_and_schedule(tmp_path):
     assert [train.stage([1, 2, 4], step, 7) for step in range(7)] == [1, 1, 1, 2, 2, 4, 4]
     assert train.stage(None, 3, 7, default=5) == 5
     options = train.get_parser().parse_args([*TINY, "--curriculum", "1,3", "--steps", "4"])
-    task, data = Rule110(4, 2, 1), train.batches(Rule110(4, 2, 1), options, 0)
+    task, data = Rule110(4, 2, 1), train.batches(Rule110(4, 2, 1), options, 0, 1)
     for step in range(4):
         expected = task.batch(8, generator(1, 0, step), "train", level=[1, 1, 3, 3][step])
         assert all(torch.equal(a, b) for a, b in zip(next(data), expected))
@@ -1170,9 +1212,9 @@ def test_random_loops_and_seen_batches(tmp_path, capsys, monkeypatch):
     assert drawn[0] == drawn[1] != drawn[2] and 70 < drawn[0].count(1) < 130
     used, algorithm = [], train.algorithm1
 
-    def recording(model, tokens, targets, loops, windows):
+    def recording(model, tokens, targets, loops, windows, dreams=None):
         used.append((loops, tokens, torch.is_grad_enabled()))
-        return algorithm(model, tokens, targets, loops, windows)
+        return algorithm(model, tokens, targets, loops, windows, dreams)
 
     monkeypatch.setattr(train, "algorithm1", recording)
     _, records = run_of(tmp_path, "run", arguments + " --steps 6 --batch 4 --eval_size 16")
@@ -1184,8 +1226,8 @@ def test_random_loops_and_seen_batches(tmp_path, capsys, monkeypatch):
     assert "loops_random: must come with" in refused(
         capsys, [*TINY, "--loops_random", f"--out={tmp_path / 'new'}"])
     one.batch, one.steps = 4, 9
-    tokens, targets = train.seen(Rule110(4, 2, 1), one, 7)
-    data = train.batches(Rule110(4, 2, 1), one, 0)
+    tokens, targets = train.seen(Rule110(4, 2, 1), one, 7, 2)
+    data = train.batches(Rule110(4, 2, 1), one, 0, 2)
     expected = [torch.cat(pair)[:7] for pair in zip(next(data), next(data))]
     assert torch.equal(tokens, expected[0]) and torch.equal(targets, expected[1])
 
@@ -1364,6 +1406,7 @@ def gpu_run(folder, fast, *options):
 @pytest.mark.parametrize("fast, options", [
     ("graph", []), ("graph", ["--loops_schedule=1,2"]), ("graph", ["--eviction=sliding"]),
     ("graph", ["--loops_schedule=1,2", "--loops_random"]), ("graph", ["--recompute"]),
+    ("graph", ["--dream"]), ("compile", ["--dream", "--recompute"]),
     ("graph", ["--layout=asmas", "--train=new"]), ("compile", []),
     ("compile", ["--loops_schedule=1,2", "--eviction=sliding", "--recompute"])])
 def test_fast_steps_equal_eager_steps(tmp_path, monkeypatch, fast, options):
@@ -1475,6 +1518,17 @@ def test_impossible_values(tmp_path, capsys, flag, value):
     assert flag in line and repr(value) in line or f"{flag} {value}: " in line
     assert "must " in line or "choose from" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options, named", [
+    ("", "--loops 1: must be even"), ("--loops 2 --eval_loops 4,3", "--eval_loops 3: must be even"),
+    ("--loops 2 --window 5", "--dream: must"), ("--loops 2 --eviction sliding", "--dream: must"),
+    ("--loops 2 --task gsm", "--dream: must"), ("--loops 2 --curriculum 1,2", "--curriculum: must"),
+    ("--loops 2 --bench", "--dream: must")])
+def test_impossible_dreams(tmp_path, capsys, options, named):
+    """Guards rounds of two passes and what they say: else an error in the middle of a run."""
+    arguments = ["--dream", *options.split(), "--device=cpu", f"--out={tmp_path / 'run'}"]
+    assert named in refused(capsys, arguments) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is not missing here")
@@ -1644,10 +1698,15 @@ def experiment(arguments, pattern):
         results.append(f"N = {n}: " + " / ".join(
             mean_and_range([100 * level["exact"] for level in of_seeds])
             for of_seeds in zip(*levels)))
+    floors = [" / ".join(f"{100 * level['floor']:.1f}" for level in levels[0])]
+    for n in options["eval_loops"] or [] if options["dream"] else []:
+        asked = [record["eval_loops"][str(n)] for record in last]
+        results.append(f"asked N = {n}: " + mean_and_range([100 * x["exact"] for x in asked]))
+        floors.append(f"{100 * asked[0]['floor']:.1f}")
     tokens, = {record["tokens"] for record in last}
     device, = {header["hardware"] for header, *_ in logs}
     minutes = sum(record["seconds"] for record in last) / 60 / len(seeds)
-    return ["; ".join(results), " / ".join(f"{100 * level['floor']:.1f}" for level in levels[0]),
+    return ["; ".join(results), "; ".join(floors),
             f"{len(seeds)}", f"{tokens / 1e6:.1f}M",
             f"{minutes:.1f} {'H100' if 'H100' in device else 'CPU'}"]
 

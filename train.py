@@ -153,6 +153,10 @@ def get_parser() -> argparse.ArgumentParser:
                        help="a pass starts from the S of the one before, or from the window's")
     sleep.add_argument("--sleep_at", choices=["sleep", "wake"], default="sleep",
                        help="wake: spend the N passes in the scored windows instead")
+    sleep.add_argument("--dream", action=argparse.BooleanOptionalAction, default=False,
+                       help="rule110: sleep in N / 2 rounds of two passes; each is trained to say "
+                            "the state 2 t / N steps on, which the next one reads in its place; "
+                            "other numbers of passes are asked for t in proportion")
     sleep.add_argument("--loops_schedule", type=several, metavar="N[,N...]",
                        help="train with these passes in equal parts of the run; None: N throughout")
     sleep.add_argument("--loops_random", action=argparse.BooleanOptionalAction, default=False,
@@ -279,9 +283,10 @@ def lr_factor(step: int, steps: int) -> float:
 
 def make_step(model: Hybrid, optimizers: list[torch.optim.Optimizer], windows: list[Window],
               loops: int):
-    """-> step(tokens, targets): one optimizer step; loss and gradient norm, still on the device."""
-    def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        loss, *_ = algorithm1(model, tokens, targets, loops, windows)
+    """-> step(tokens, targets[, dreams]), one optimizer step -> loss and gradient norm, still on
+    the device."""
+    def step(tokens: Tensor, targets: Tensor, dreams: Tensor | None = None) -> Tensor:
+        loss, *_ = algorithm1(model, tokens, targets, loops, windows, dreams)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Choice: clipping
         for optimizer in optimizers:
@@ -354,26 +359,38 @@ def stage(values: list | None, step: int, steps: int, default=None):
     return values[step * len(values) // steps] if values else default
 
 
-def batches(task, options: argparse.Namespace, step: int):
-    """Endless training batches from `step` on, each a function of the options and the step."""
-    size = 1 if options.curriculum else CHUNK
+def level_of(options: argparse.Namespace, loops: int, N: int) -> int | None:
+    """A dream of N passes is asked for t N / loops steps: a round is worth the same in each."""
+    return options.t * N // loops if options.dream else None
+
+
+def batches(task, options: argparse.Namespace, step: int, loops: int):
+    """Endless training batches from `step` on, each a function of the options and the step.
+
+    tokens, targets and, for a model that dreams, what it is to say.
+    """
+    size = 1 if options.curriculum or options.dream else CHUNK
     while True:
         chunk, first = divmod(step, size)
-        level = stage(options.curriculum, step, options.steps)
+        N = passes_of(options, step, loops)
+        level = stage(options.curriculum, step, options.steps, level_of(options, loops, N))
         data = task.batch(size * options.batch,
                           generator(options.seed, TRAIN, chunk, options.device), "train", level)
+        if options.dream:
+            data += task.dreams(data[0], N // 2, level),
         for i in range(first, size):
             yield tuple(x[i * options.batch:(i + 1) * options.batch] for x in data)
         step = (chunk + 1) * size
 
 
-def seen(task, options: argparse.Namespace, size: int) -> list[Tensor]:
+def seen(task, options: argparse.Namespace, size: int, loops: int) -> list[Tensor]:
     """The first sequences trained on, at most `size`: do they fare better than held-out ones?
 
     They are of the training mixture, which for depo is easier than what is evaluated.
     """
     steps = min(options.steps, -(-size // options.batch))
-    return [torch.cat(x)[:size] for x in zip(*itertools.islice(batches(task, options, 0), steps))]
+    data = itertools.islice(batches(task, options, 0, loops), steps)
+    return [torch.cat(x)[:size] for x in zip(*data)]
 
 
 @torch.no_grad()
@@ -492,8 +509,8 @@ def initialize(model: Hybrid, options: dict) -> list[str] | None:
             raise ValueError
     except UNREADABLE:
         raise Halt(2, f"error: --init {options['init']}: must be a checkpoint, or a folder with "
-                      "one, of the same task, width, heads and layout, m blocks aside, and of no "
-                      "shorter window") from None
+                      "one, of the same task, width, heads, dream and layout, m blocks aside, "
+                      "and of no shorter window") from None
     if options["train"] == "new" and not fresh:
         raise Halt(2, f"error: --train new: must come with m blocks in --layout that {path} lacks")
     return fresh
@@ -521,6 +538,15 @@ def build(options: dict):
         raise ValueError(f"loops_schedule {schedule}: must end in the only N of --loops")
     if options["loops_random"] and not options["loops_schedule"]:
         raise ValueError("loops_random: must come with --loops_schedule")
+    if options["dream"]:
+        if options["task"] != "rule110" or given.get("window", task.window) != task.window:
+            raise ValueError("dream: must come with --task rule110, a state in each window")
+        if options["curriculum"]:
+            raise ValueError("curriculum: must not be given with --dream, where t goes with N")
+        for name in ("loops", "loops_schedule", "eval_loops"):
+            for N in options[name] or []:
+                if N % 2:
+                    raise ValueError(f"{name} {N}: must be even with --dream, two passes a round")
     torch.manual_seed(options["seed"])
     return task, Hybrid(Config(**{"vocab_size": task.vocab_size, "window": task.window, **model}))
 
@@ -539,7 +565,8 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
     parser = get_parser()
     options = parse(parser, argv)
     if options["bench"]:
-        for name in ("init", "curriculum", "loops_schedule", "loops_random", "eval_loops"):
+        for name in ("init", "curriculum", "loops_schedule", "loops_random", "eval_loops",
+                     "dream"):
             if options[name]:
                 parser.error(f"--{name}: must not be given with --bench")
     out, resume, bench, _ = (options.pop(name) for name in LEFT_OUT)
@@ -710,8 +737,14 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
 
     levels = levels_of(task, options)
     size = -(-options.eval_size // len(levels))
-    held_out = {level: task.batch(size, generator(0, EVAL, i, options.device), "held-out", level)
-                for i, level in enumerate(levels)}
+
+    def draw(N: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """The sequences for an evaluation with N passes, by level."""
+        chosen = [level_of(options, loops, N)] if options.dream else levels
+        return {level: task.batch(size, generator(0, EVAL, i, options.device), "held-out", level)
+                for i, level in enumerate(chosen)}
+
+    held_out = draw(loops)
     windows = windows_of(task, model.config.window)
     step_of = fast_steps(model, optimizers, windows, options.fast,
                          len(options.loops_schedule) if options.loops_random else 1)
@@ -746,7 +779,7 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
 
     bar = tqdm(desc=f"N = {loops}", total=options.steps * tokens_a_step, disable=None, leave=False,
                initial=step * tokens_a_step, unit="tok", unit_scale=True)
-    data = batches(task, options, step)
+    data = batches(task, options, step, loops)
     with bar:
         while True:
             evaluating = step % options.eval_every == 0 or step == options.steps
@@ -757,10 +790,10 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 last, again = step == options.steps, None
                 others = options.eval_loops or [] if last else []
                 with uncompiled(options.fast):
-                    scores = {n: evaluate_levels(model, task, held_out, n, windows)
-                              for n in {loops, *others}}
-                    if last and step > 0 and not options.curriculum:
-                        again = evaluate(model, *seen(task, options, size), loops, windows)
+                    scores = {n: evaluate_levels(model, task, held_out if n == loops else draw(n),
+                                                 n, windows) for n in {loops, *others}}
+                    if last and step > 0 and not options.curriculum and not options.dream:
+                        again = evaluate(model, *seen(task, options, size, loops), loops, windows)
                 if not math.isfinite(scores[loops]["loss"]):
                     diverged(step)
                 record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
@@ -782,11 +815,10 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 raise Halt(130, "saved; go on with: python train.py --resume "
                                 + shlex.quote(str(folder)))
 
-            tokens, targets = next(data)
-            N = passes_of(options, step, loops)
+            batch, N = next(data), passes_of(options, step, loops)
             for group, rate in zip(groups, rates):
                 group["lr"].fill_(rate * lr_factor(step, options.steps))
-            unchecked.append(step_of(N)(tokens, targets))
+            unchecked.append(step_of(N)(*batch))
             step += 1
             token_passes += options.batch * passes_over(windows, N, model.config)
             bar.update(tokens_a_step)
@@ -854,7 +886,7 @@ def bench_training(options: argparse.Namespace, loops: int) -> dict:
     optimizers = make_optimizers(model, options.muon_lr, options.lr)
     windows = windows_of(task, model.config.window)
     step = fast_steps(model, optimizers, windows, options.fast)(loops)
-    data = batches(task, options, 0)
+    data = batches(task, options, 0, loops)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     step(*next(data)).tolist()
