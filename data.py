@@ -154,15 +154,12 @@ class Rule110:
         targets[:, -self.states:] = answers
         return tokens, targets
 
-    def dreams(self, tokens: Tensor, rounds: int, level: int | None = None) -> Tensor:
-        """What sleeps of so many rounds say of these tokens: int64 (B, states x rounds, cells).
-
-        Of every state, what it is after t / rounds steps, 2 t / rounds (rounded down), ..., t.
-        """
-        t = self.t if level is None else level
+    def dreams(self, tokens: Tensor, rounds: int, steps: int) -> Tensor:
+        """What sleeps must say: every state of these tokens after steps, 2 steps, ..., rounds x
+        steps of the automaton. -> int64 (B, states x rounds, cells)"""
         state, said = tokens[:, :self.states * self.cells].unflatten(1, (self.states, -1)), []
-        for r in range(rounds):
-            state = rule110(state, (r + 1) * t // rounds - r * t // rounds, self.automaton)
+        for _ in range(rounds):
+            state = rule110(state, steps, self.automaton)
             said.append(state)
         return torch.stack(said, dim=2).flatten(1, 2)
 

@@ -65,12 +65,14 @@ class Config:
                             ("sleep_at", "sleep wake")):
             if getattr(self, name) not in valid.split():
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {valid}")
-        if self.dream and (self.eviction != "hard" or self.sleep_at != "sleep"):
-            raise ValueError("dream: must come with hard eviction and sleep_at sleep")
         self.loop_blocks = i, j = self.loop_blocks or (0, len(self.layout))
         if not 0 <= i < j <= len(self.layout):
             raise ValueError(f"loop_blocks {i}:{j}: must be i:j with 0 <= i < j <= "
                              f"{len(self.layout)}, the number of blocks")
+        if self.dream and (self.eviction, self.carry, self.carry_S, self.sleep_at, j - i) != (
+                "hard", "h", True, "sleep", len(self.layout)):
+            raise ValueError("dream: must come with no other variant of the sleep (eviction, "
+                             "loop_blocks, carry, carry_S, sleep_at)")
 
     @property
     def keep(self) -> int | None:

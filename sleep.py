@@ -5,7 +5,7 @@ is short-term: it grows with every token and is evicted every L tokens. The *fas
 SSM blocks are long-term: their size is fixed and they survive. Just before the cache goes, the
 model sleeps: it runs N passes over the window it still remembers, and each pass refines S. Nothing
 else changes; answering later is one ordinary forward pass. With N = 1 this is the plain hybrid: no
-special case below.
+special case below. (There is one that is not the paper's: a dream, in `sleep`.)
 
 Letters, here and in model.py (code name in parentheses where it differs):
     B  batch                          d  width (d_model)                N  passes asleep (loops)
@@ -78,8 +78,9 @@ def passes(model, tokens: Tensor, memory: Memory, loops: int, asleep: bool = Fal
 
 def recomputed(model, function, *inputs):
     """function(*inputs), with config.recompute without its activations: they are made again in the
-    backward pass. So is each sleep, and in it each pass: only the S of every window, and then h and
-    S of every pass of one window, are held. Hence *S: tensors inside an input would all be held.
+    backward pass. So is each sleep (of a dream, each round), and in it each pass: only the S of
+    every window, and then h and S of every pass of one window, are held. Hence *S: tensors inside
+    an input would all be held.
     """
     if not model.config.recompute or not torch.is_grad_enabled():
         return function(*inputs)
@@ -109,13 +110,13 @@ def sleep(model, tokens: Tensor, memory: Memory, loops: int,
     A dream (config.dream; not in the paper) is a sleep in rounds of two passes, for a token learns
     what stands ahead of it only from the S of the pass before. The tokens that OutProj makes of a
     round's last h are the window that the next round reads. Their logits (B, L, vocabulary) join
-    `said`, so that training can tell each round what to say. Raises ValueError if loops is odd.
+    `said`, so that training can tell each round what to say. Raises ValueError if loops is then odd
+    or less than 2.
     """
     if not model.config.dream:
         return recomputed(  # Choice: start of sleep
             model, passes, model, tokens, memory, loops, True)[1]
-    if loops % 2:
-        raise ValueError(f"loops {loops}: must be even for a dream, whose rounds are two passes")
+    check_dream(loops)
     for _ in range(loops // 2):
         h, memory = recomputed(model, passes, model, tokens, memory, 2, True)
         logits = model.unembed(h)
@@ -123,6 +124,11 @@ def sleep(model, tokens: Tensor, memory: Memory, loops: int,
         if said is not None:
             said.append(logits)
     return memory
+
+
+def check_dream(loops: int):
+    if loops < 2 or loops % 2:
+        raise ValueError(f"loops {loops}: must be even, at least 2, for rounds of two passes")
 
 
 def evict(memory: Memory, keep: int | None = 0) -> Memory:
@@ -167,11 +173,12 @@ def algorithm1(model, tokens: Tensor, targets: Tensor, loops: int,
     prediction windows the logits (B, P, vocabulary) and targets (B, P). Backpropagation goes
     through everything. Raises ValueError if nothing is scored.
 
-    dreams (B, R, L): what the R rounds of all sleeps together must say; that cross-entropy, a mean
-    as well, is added to the loss.
+    dreams (B, R, L), for a model that dreams: what the R rounds must say, in their order, window by
+    window, all of L tokens; that cross-entropy, a mean as well, is added to the loss.
     """
     asleep, awake = (loops, 1) if model.config.sleep_at == "sleep" else (1, loops)
-    memory, scores, said = model.empty_memory(len(tokens)), [], []  # Alg. 1: S = 0
+    said = None if dreams is None else []
+    memory, scores = model.empty_memory(len(tokens)), []         # Alg. 1: S = 0
     windows = windows or cut(targets, model.config.window)       # Alg. 1: windows
     for start, stop, scored in windows:
         window = tokens[:, start:stop]
@@ -197,8 +204,9 @@ class Stream:
     tokens and two memories, the provisional one and that of the window's start: bounded, however
     long the text, unless nothing is ever evicted. The logits are those of `algorithm1` to rounding
     as long as only the last window is scored: training only wakes for a scored window in the
-    middle, while a stream, which cannot know, also sleeps on it. Raises ValueError if loops < 1, or
-    if the model spends its passes awake, where each would need a cache of its own.
+    middle, while a stream, which cannot know, also sleeps on it (and as long as rounding changes
+    nothing of what a dream says). Raises ValueError if loops < 1, if it is no number for a dream,
+    or if the model spends its passes awake, where each would need a cache of its own.
     """
 
     def __init__(self, model, loops: int, batch_size: int = 1):
@@ -206,6 +214,8 @@ class Stream:
             raise ValueError(f"loops {loops}: must be at least 1")
         if model.config.sleep_at == "wake" and loops > 1:
             raise ValueError(f"loops {loops}: must be 1 to stream a model with sleep_at wake")
+        if model.config.dream:
+            check_dream(loops)
         self.model, self.loops = model, loops
         with torch.no_grad():  # start: when the window began
             self.start = self.memory = model.empty_memory(batch_size)

@@ -154,9 +154,10 @@ def get_parser() -> argparse.ArgumentParser:
     sleep.add_argument("--sleep_at", choices=["sleep", "wake"], default="sleep",
                        help="wake: spend the N passes in the scored windows instead")
     sleep.add_argument("--dream", action=argparse.BooleanOptionalAction, default=False,
-                       help="rule110: sleep in N / 2 rounds of two passes; each is trained to say "
-                            "the state 2 t / N steps on, which the next one reads in its place; "
-                            "other numbers of passes are asked for t in proportion")
+                       help="rule110, even N: sleep in N / 2 rounds of two passes. A round is "
+                            "trained to say the state 2 t / N steps on, and the next one reads "
+                            "what it said instead of the window. With another N "
+                            "(--loops_schedule, --eval_loops) t changes in proportion")
     sleep.add_argument("--loops_schedule", type=several, metavar="N[,N...]",
                        help="train with these passes in equal parts of the run; None: N throughout")
     sleep.add_argument("--loops_random", action=argparse.BooleanOptionalAction, default=False,
@@ -359,37 +360,41 @@ def stage(values: list | None, step: int, steps: int, default=None):
     return values[step * len(values) // steps] if values else default
 
 
-def level_of(options: argparse.Namespace, loops: int, N: int) -> int | None:
-    """A dream of N passes is asked for t N / loops steps: a round is worth the same in each."""
-    return options.t * N // loops if options.dream else None
+def steps_a_round(t: int, loops: int) -> int:
+    """What each round of a dream is worth to the model of `loops` passes, whatever N it is asked
+    with. Raises ValueError if it is not whole."""
+    if 2 * t % loops:
+        raise ValueError(f"t {t}: must be a multiple of N / 2 with --dream, which is {loops // 2}")
+    return 2 * t // loops
 
 
-def batches(task, options: argparse.Namespace, step: int, loops: int):
+def batches(task, options: argparse.Namespace, step: int, loops: int = 1):
     """Endless training batches from `step` on, each a function of the options and the step.
 
-    tokens, targets and, for a model that dreams, what it is to say.
+    tokens, targets and, where the model of `loops` passes dreams, what it is to say.
     """
     size = 1 if options.curriculum or options.dream else CHUNK
     while True:
         chunk, first = divmod(step, size)
         N = passes_of(options, step, loops)
-        level = stage(options.curriculum, step, options.steps, level_of(options, loops, N))
+        level = (N // 2 * steps_a_round(options.t, loops) if options.dream else
+                 stage(options.curriculum, step, options.steps))
         data = task.batch(size * options.batch,
                           generator(options.seed, TRAIN, chunk, options.device), "train", level)
         if options.dream:
-            data += task.dreams(data[0], N // 2, level),
+            data = *data, task.dreams(data[0], N // 2, steps_a_round(options.t, loops))
         for i in range(first, size):
             yield tuple(x[i * options.batch:(i + 1) * options.batch] for x in data)
         step = (chunk + 1) * size
 
 
-def seen(task, options: argparse.Namespace, size: int, loops: int) -> list[Tensor]:
+def seen(task, options: argparse.Namespace, size: int) -> list[Tensor]:
     """The first sequences trained on, at most `size`: do they fare better than held-out ones?
 
     They are of the training mixture, which for depo is easier than what is evaluated.
     """
     steps = min(options.steps, -(-size // options.batch))
-    data = itertools.islice(batches(task, options, 0, loops), steps)
+    data = itertools.islice(batches(task, options, 0), steps)
     return [torch.cat(x)[:size] for x in zip(*data)]
 
 
@@ -509,8 +514,8 @@ def initialize(model: Hybrid, options: dict) -> list[str] | None:
             raise ValueError
     except UNREADABLE:
         raise Halt(2, f"error: --init {options['init']}: must be a checkpoint, or a folder with "
-                      "one, of the same task, width, heads, dream and layout, m blocks aside, "
-                      "and of no shorter window") from None
+                      "one, of the same task, width, heads and layout, m blocks aside, of no "
+                      "shorter window, and with --dream if this has it") from None
     if options["train"] == "new" and not fresh:
         raise Halt(2, f"error: --train new: must come with m blocks in --layout that {path} lacks")
     return fresh
@@ -543,10 +548,13 @@ def build(options: dict):
             raise ValueError("dream: must come with --task rule110, a state in each window")
         if options["curriculum"]:
             raise ValueError("curriculum: must not be given with --dream, where t goes with N")
-        for name in ("loops", "loops_schedule", "eval_loops"):
+        for name, loops in itertools.product(("loops", "loops_schedule", "eval_loops"),
+                                             options["loops"]):
             for N in options[name] or []:
                 if N % 2:
                     raise ValueError(f"{name} {N}: must be even with --dream, two passes a round")
+                if (t := N // 2 * steps_a_round(task.t, loops)) > task.MOST:
+                    raise ValueError(f"{name} {N}: must ask for at most {task.MOST} steps, not {t}")
     torch.manual_seed(options["seed"])
     return task, Hybrid(Config(**{"vocab_size": task.vocab_size, "window": task.window, **model}))
 
@@ -671,11 +679,11 @@ def model_flops(model: Hybrid, windows: list[Window], loops: int) -> float:
             piece = -(-L // -(-L // PIECE))
             mixer = c.d_model * (2 * L if kind == "a" else 4 * piece + 3 * c.d_model // c.n_head)
             spared = 0
-            if block is model.layers[-1] and not scored:
+            if block is model.layers[-1] and not scored and not c.dream:
                 spared = matrices + (mixer if kind == "a" else -block.mixer.qkv.weight.numel())
             total += 6 * L * (N * (matrices + mixer) - spared)
     return total + 6 * model.out.weight.numel() * sum(
-        stop - start for start, stop, scored in windows if scored)
+        (stop - start) * (scored or c.dream * loops // 2) for start, stop, scored in windows)
 
 
 def passes_of(options: argparse.Namespace, step: int, loops: int) -> int:
@@ -740,7 +748,7 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
 
     def draw(N: int) -> dict[int, tuple[Tensor, Tensor]]:
         """The sequences for an evaluation with N passes, by level."""
-        chosen = [level_of(options, loops, N)] if options.dream else levels
+        chosen = [N // 2 * steps_a_round(options.t, loops)] if options.dream else levels
         return {level: task.batch(size, generator(0, EVAL, i, options.device), "held-out", level)
                 for i, level in enumerate(chosen)}
 
@@ -792,8 +800,9 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 with uncompiled(options.fast):
                     scores = {n: evaluate_levels(model, task, held_out if n == loops else draw(n),
                                                  n, windows) for n in {loops, *others}}
-                    if last and step > 0 and not options.curriculum and not options.dream:
-                        again = evaluate(model, *seen(task, options, size, loops), loops, windows)
+                    mixed = options.curriculum or options.dream  # other t, other N than evaluated
+                    if last and step > 0 and not mixed:
+                        again = evaluate(model, *seen(task, options, size), loops, windows)
                 if not math.isfinite(scores[loops]["loss"]):
                     diverged(step)
                 record = {"loops": loops, "step": step, "tokens": step * tokens_a_step,
@@ -886,7 +895,7 @@ def bench_training(options: argparse.Namespace, loops: int) -> dict:
     optimizers = make_optimizers(model, options.muon_lr, options.lr)
     windows = windows_of(task, model.config.window)
     step = fast_steps(model, optimizers, windows, options.fast)(loops)
-    data = batches(task, options, 0, loops)
+    data = batches(task, options, 0)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     step(*next(data)).tolist()
