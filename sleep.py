@@ -126,9 +126,10 @@ def sleep(model, tokens: Tensor, memory: Memory, loops: int,
     return memory
 
 
-def check_dream(loops: int):
+def check_dream(loops: int, name: str = "loops"):
+    """Raises ValueError, in one line that begins with the name, if a dream cannot have so many."""
     if loops < 2 or loops % 2:
-        raise ValueError(f"loops {loops}: must be even, at least 2, for rounds of two passes")
+        raise ValueError(f"{name} {loops}: must be even, at least 2, for rounds of two passes")
 
 
 def evict(memory: Memory, keep: int | None = 0) -> Memory:

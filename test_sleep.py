@@ -1204,6 +1204,18 @@ def test_curriculum_and_schedule(tmp_path):
     assert records[-1]["token_passes"] == 8 * (8 * (1 + 2 + 4) + 3 * 2)
 
 
+def recorded(monkeypatch):
+    """What algorithm1 is called with from now on: loops, tokens, targets, dreams, in training?"""
+    used, algorithm = [], train.algorithm1
+
+    def recording(model, tokens, targets, loops, windows, dreams=None):
+        used.append((loops, tokens, targets, dreams, torch.is_grad_enabled()))
+        return algorithm(model, tokens, targets, loops, windows, dreams)
+
+    monkeypatch.setattr(train, "algorithm1", recording)
+    return used
+
+
 def test_random_loops_and_seen_batches(tmp_path, capsys, monkeypatch):
     """Guards two promises: N is a function of (seed, step); `seen` are the first sequences read."""
     parse = train.get_parser().parse_args
@@ -1212,15 +1224,9 @@ def test_random_loops_and_seen_batches(tmp_path, capsys, monkeypatch):
     drawn = [[train.passes_of(options, step, 2) for step in range(200)]
              for options in (one, one, two)]
     assert drawn[0] == drawn[1] != drawn[2] and 70 < drawn[0].count(1) < 130
-    used, algorithm = [], train.algorithm1
-
-    def recording(model, tokens, targets, loops, windows, dreams=None):
-        used.append((loops, tokens, torch.is_grad_enabled()))
-        return algorithm(model, tokens, targets, loops, windows, dreams)
-
-    monkeypatch.setattr(train, "algorithm1", recording)
+    used = recorded(monkeypatch)
     _, records = run_of(tmp_path, "run", arguments + " --steps 6 --batch 4 --eval_size 16")
-    trained = [(loops, tokens) for loops, tokens, training in used if training]
+    trained = [(loops, tokens) for loops, tokens, *_, training in used if training]
     assert [loops for loops, _ in trained] == drawn[0][:6] and {1, 2} == set(drawn[0][:6])
     assert records[-1]["token_passes"] == 4 * (8 * sum(drawn[0][:6]) + 6 * 2)
     assert "seen" in records[-1] and "seen" not in records[0]
@@ -1236,23 +1242,18 @@ def test_random_loops_and_seen_batches(tmp_path, capsys, monkeypatch):
 
 def test_a_dream_is_told_and_asked_in_proportion(tmp_path, monkeypatch):
     """Guards --dream: with n passes t n / N steps, in training and after; resumed, the same."""
-    used, algorithm = [], train.algorithm1
-
-    def recording(model, tokens, targets, loops, windows, *dreams):
-        used.append((loops, tokens, targets, dreams))
-        return algorithm(model, tokens, targets, loops, windows, *dreams)
-
-    monkeypatch.setattr(train, "algorithm1", recording)
+    used = recorded(monkeypatch)
     arguments = "--dream --loops 4 --t 6 --loops_schedule 2,4 --eval_loops 2,8 --steps 4".split()
     assert train.main([*TINY, *arguments, "--out", str(tmp_path / "whole")]) == 0
-    trained = [call for call in used if call[3]]
-    asked = [call for call in used if not call[3]]
+    trained = [call for call in used if call[-1]]
+    asked = [call for call in used if not call[-1]]
     assert [N for N, *_ in trained] == [2, 2, 4, 4] and len(asked) == 4
-    for N, tokens, targets, dreams in trained + asked:
+    for N, tokens, targets, dreams, training in trained + asked:
+        assert (dreams is not None) == training
         rounds = tokens[:, :8].unflatten(1, (2, 4))
         for r in range(N // 2):
             rounds = rule110(rounds, 3)
-            assert not dreams or torch.equal(dreams[0][:, [r, N // 2 + r]], rounds)
+            assert not training or torch.equal(dreams[:, [r, N // 2 + r]], rounds)
         assert torch.equal(targets[:, -2:], rounds[:, :, 0])
     others = lines_of(tmp_path / "whole")[-1]["eval_loops"]
     task = Rule110(4, 2, 6)
@@ -1741,7 +1742,7 @@ def experiment(arguments, pattern):
             mean_and_range([100 * level["exact"] for level in of_seeds])
             for of_seeds in zip(*levels)))
     floors = [" / ".join(f"{100 * level['floor']:.1f}" for level in levels[0])]
-    for n in options["eval_loops"] or [] if options["dream"] else []:
+    for n in (options["eval_loops"] or []) * options["dream"]:
         asked = [record["eval_loops"][str(n)] for record in last]
         t = options["t"] * n // max(options["loops"])
         exact = mean_and_range([100 * scores["exact"] for scores in asked])

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import IGNORE, TASKS, generator
 from model import PIECE, Config, Hybrid
-from sleep import Cache, Window, algorithm1, cut, evict, sleep, wake
+from sleep import Cache, Window, algorithm1, check_dream, cut, evict, sleep, wake
 
 TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults stand
     "t": "rule110: steps of the automaton, the difficulty (5; the paper: up to 32)",
@@ -376,13 +376,15 @@ def batches(task, options: argparse.Namespace, step: int, loops: int = 1):
     size = 1 if options.curriculum or options.dream else CHUNK
     while True:
         chunk, first = divmod(step, size)
-        N = passes_of(options, step, loops)
-        level = (N // 2 * steps_a_round(options.t, loops) if options.dream else
-                 stage(options.curriculum, step, options.steps))
+        if options.dream:
+            rounds, steps = passes_of(options, step, loops) // 2, steps_a_round(options.t, loops)
+            level = rounds * steps
+        else:
+            level = stage(options.curriculum, step, options.steps)
         data = task.batch(size * options.batch,
                           generator(options.seed, TRAIN, chunk, options.device), "train", level)
         if options.dream:
-            data = *data, task.dreams(data[0], N // 2, steps_a_round(options.t, loops))
+            data = *data, task.dreams(data[0], rounds, steps)
         for i in range(first, size):
             yield tuple(x[i * options.batch:(i + 1) * options.batch] for x in data)
         step = (chunk + 1) * size
@@ -515,7 +517,7 @@ def initialize(model: Hybrid, options: dict) -> list[str] | None:
     except UNREADABLE:
         raise Halt(2, f"error: --init {options['init']}: must be a checkpoint, or a folder with "
                       "one, of the same task, width, heads and layout, m blocks aside, of no "
-                      "shorter window, and with --dream if this has it") from None
+                      "shorter window, with or without --dream alike") from None
     if options["train"] == "new" and not fresh:
         raise Halt(2, f"error: --train new: must come with m blocks in --layout that {path} lacks")
     return fresh
@@ -551,8 +553,7 @@ def build(options: dict):
         for name, loops in itertools.product(("loops", "loops_schedule", "eval_loops"),
                                              options["loops"]):
             for N in options[name] or []:
-                if N % 2:
-                    raise ValueError(f"{name} {N}: must be even with --dream, two passes a round")
+                check_dream(N, name)
                 if (t := N // 2 * steps_a_round(task.t, loops)) > task.MOST:
                     raise ValueError(f"{name} {N}: must ask for at most {task.MOST} steps, not {t}")
     torch.manual_seed(options["seed"])
@@ -746,13 +747,13 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
     levels = levels_of(task, options)
     size = -(-options.eval_size // len(levels))
 
-    def draw(N: int) -> dict[int, tuple[Tensor, Tensor]]:
-        """The sequences for an evaluation with N passes, by level."""
+    @functools.cache
+    def held_out(N: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """The sequences of an evaluation with N passes, by level. Only a dream's depend on N."""
         chosen = [N // 2 * steps_a_round(options.t, loops)] if options.dream else levels
         return {level: task.batch(size, generator(0, EVAL, i, options.device), "held-out", level)
                 for i, level in enumerate(chosen)}
 
-    held_out = draw(loops)
     windows = windows_of(task, model.config.window)
     step_of = fast_steps(model, optimizers, windows, options.fast,
                          len(options.loops_schedule) if options.loops_random else 1)
@@ -798,8 +799,9 @@ def train_model(loops: int, options: argparse.Namespace, folder: Path, header: d
                 last, again = step == options.steps, None
                 others = options.eval_loops or [] if last else []
                 with uncompiled(options.fast):
-                    scores = {n: evaluate_levels(model, task, held_out if n == loops else draw(n),
-                                                 n, windows) for n in {loops, *others}}
+                    scores = {n: evaluate_levels(
+                        model, task, held_out(n if options.dream else loops), n, windows)
+                        for n in {loops, *others}}
                     mixed = options.curriculum or options.dream  # other t, other N than evaluated
                     if last and step > 0 and not mixed:
                         again = evaluate(model, *seen(task, options, size), loops, windows)
