@@ -65,6 +65,19 @@ def by_level(axis, logs: list[list[dict]], n: int, colour, label: str, score=exa
     axis.set(xticks=sorted(points))
 
 
+def by_loops(axis, logs: list[list[dict]], colour, label: str, floor: bool = False):
+    """Exact accuracy after training, by the N asked for; with floor also what guessing gives."""
+    points, floors = defaultdict(list), {}
+    for _, *_, end in logs:
+        for n, scores in {end["loops"]: end, **end["eval_loops"]}.items():
+            points[int(n)].append(exact(scores))
+            floors[int(n)] = 100 * scores["floor"]
+    band(axis, points, colour, label, marker="o", ms=3)
+    if floor:
+        axis.plot(*zip(*sorted(floors.items())), color=colour, lw=0.8, ls="--")
+    axis.set(xlabel="N asked for")
+
+
 def laptop(figure):
     """The default run: exact accuracy against tokens; and with another N than trained with."""
     axes, logs = figure.subplots(1, 2, sharey=True), read("laptop/seed*.jsonl")
@@ -72,17 +85,13 @@ def laptop(figure):
         against_tokens(axes[0], logs, n, COLOURS[n], f"N = {n}")
     for name, colour, label in (("laptop", COLOURS[2], "trained with N = 2"),
                                 ("random", COLOURS[4], "with a random N of 1 and 2")):
-        points = defaultdict(list)
-        for _, *_, end in read(f"short/{name}-s*.jsonl"):
-            for n, scores in end["eval_loops"].items():
-                points[int(n)].append(exact(scores))
-        band(axes[1], points, colour, label, marker="o", ms=3)
+        by_loops(axes[1], read(f"short/{name}-s*.jsonl"), colour, label)
     for axis in axes:
         axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
         axis.legend()
     axes[0].set(title="the default run", xlabel="training tokens, millions", ylabel="exact, %",
                 ylim=(0, 102))
-    axes[1].set(title="another N than trained", xlabel="N asked for", xticks=sorted(points))
+    axes[1].set(title="another N than trained", xticks=(1, 2, 3, 4, 8))
 
 
 def fig2a(figure):
@@ -157,6 +166,28 @@ def fig2b(figure):
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
+def dream(figure):
+    """Passes that say what they compute: t = 32 at the paper's size, and other N and t asked."""
+    axes, logs = figure.subplots(1, 2, sharey=True), read("dream/paper-s*.jsonl")
+    against_tokens(axes[0], logs, 16, "black", "N = 16, a dream")
+    for n in (1, 4):
+        against_tokens(axes[0], read(f"t32-2B/N{n}.jsonl"), n, COLOURS[n], f"N = {n}, not told")
+    axes[0].axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
+    for name, colour, label in (("paper", "black", "24 cells, 4 states, N up to 16"),
+                                ("two", COLOURS[2], "12 cells, 2 states, N up to 16"),
+                                ("one", COLOURS[4], "12 cells, 1 state, N up to 4")):
+        by_loops(axes[1], read(f"dream/{name}-s*.jsonl"), colour, label, floor=True)
+    for axis in axes:
+        axis.set_xscale("log", nonpositive="mask")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.minorticks_off()
+    axes[0].set(title="t = 32, the paper's size", xlabel="training tokens, millions",
+                ylabel="exact, %", ylim=(0, 102), xlim=(15, None))
+    axes[0].legend(loc="center right", fontsize=7)
+    axes[1].set(title="other N and t than trained", xticks=(2, 4, 8, 16, 32, 64))
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), title="trained with", fontsize=7)
+
+
 def guess(nodes: int, questions: int, names: int) -> float:
     """Depo's loss, nats a scored token, of who names any node that no answer before was."""
     scored = 3 - names * p_drawn(nodes, names)[nodes] / nodes  # the marker, a name of 1 or 2 tokens
@@ -227,7 +258,7 @@ def main():
     matplotlib.rcParams.update({"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
                                 "axes.spines.top": False, "axes.spines.right": False,
                                 "legend.frameon": False})
-    for draw in (laptop, fig2a, two_blocks, fig2b, fig3, fig4, speed):
+    for draw in (laptop, fig2a, two_blocks, fig2b, dream, fig3, fig4, speed):
         figure = plt.figure(figsize=(7, 2.8), layout="constrained")
         draw(figure)
         figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
