@@ -154,9 +154,9 @@ def get_parser() -> argparse.ArgumentParser:
     sleep.add_argument("--sleep_at", choices=["sleep", "wake"], default="sleep",
                        help="wake: spend the N passes in the scored windows instead")
     sleep.add_argument("--dream", action=argparse.BooleanOptionalAction, default=False,
-                       help="rule110, even N: sleep in N / 2 rounds of two passes. A round is "
-                            "trained to say the state 2 t / N steps on, and the next one reads "
-                            "what it said instead of the window. With another N "
+                       help="not in the paper; rule110, even N: sleep in N / 2 rounds of two "
+                            "passes. A round is trained to say the state 2 t / N steps on, and the "
+                            "next one reads what it said instead of the window. With another N "
                             "(--loops_schedule, --eval_loops) t changes in proportion")
     sleep.add_argument("--loops_schedule", type=several, metavar="N[,N...]",
                        help="train with these passes in equal parts of the run; None: N throughout")

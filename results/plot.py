@@ -66,16 +66,16 @@ def by_level(axis, logs: list[list[dict]], n: int, colour, label: str, score=exa
 
 
 def by_loops(axis, logs: list[list[dict]], colour, label: str, floor: bool = False):
-    """Exact accuracy after training, by the N asked for; with floor also what guessing gives."""
+    """Exact accuracy after training, by the N asked for; with floor also the floor of each."""
     points, floors = defaultdict(list), {}
     for _, *_, end in logs:
-        for n, scores in {end["loops"]: end, **end["eval_loops"]}.items():
+        for n, scores in {**end["eval_loops"], str(end["loops"]): end}.items():
             points[int(n)].append(exact(scores))
             floors[int(n)] = 100 * scores["floor"]
     band(axis, points, colour, label, marker="o", ms=3)
     if floor:
         axis.plot(*zip(*sorted(floors.items())), color=colour, lw=0.8, ls="--")
-    axis.set(xlabel="N asked for")
+    axis.set(xlabel="N asked for", xticks=sorted(points))
 
 
 def laptop(figure):
@@ -91,7 +91,7 @@ def laptop(figure):
         axis.legend()
     axes[0].set(title="the default run", xlabel="training tokens, millions", ylabel="exact, %",
                 ylim=(0, 102))
-    axes[1].set(title="another N than trained", xticks=(1, 2, 3, 4, 8))
+    axes[1].set(title="another N than trained")
 
 
 def fig2a(figure):
@@ -173,18 +173,19 @@ def dream(figure):
     for n in (1, 4):
         against_tokens(axes[0], read(f"t32-2B/N{n}.jsonl"), n, COLOURS[n], f"N = {n}, not told")
     axes[0].axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
-    for name, colour, label in (("paper", "black", "24 cells, 4 states, N up to 16"),
-                                ("two", COLOURS[2], "12 cells, 2 states, N up to 16"),
-                                ("one", COLOURS[4], "12 cells, 1 state, N up to 4")):
+    axes[1].set_xscale("log")
+    for name, colour, label in (("paper", "black", "24 cells, 4 states, t = 2 N, N up to 16"),
+                                ("two", "tab:purple", "12 cells, 2 states, t = N up to 16"),
+                                ("one", "tab:olive", "12 cells, 1 state, t = N up to 4")):
         by_loops(axes[1], read(f"dream/{name}-s*.jsonl"), colour, label, floor=True)
+    axes[0].set_xscale("log", nonpositive="mask")
     for axis in axes:
-        axis.set_xscale("log", nonpositive="mask")
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.minorticks_off()
     axes[0].set(title="t = 32, the paper's size", xlabel="training tokens, millions",
                 ylabel="exact, %", ylim=(0, 102), xlim=(15, None))
     axes[0].legend(loc="center right", fontsize=7)
-    axes[1].set(title="other N and t than trained", xticks=(2, 4, 8, 16, 32, 64))
+    axes[1].set(title="other N and t than trained")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), title="trained with", fontsize=7)
 
 
