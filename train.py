@@ -396,8 +396,7 @@ def seen(task, options: argparse.Namespace, size: int) -> list[Tensor]:
     They are of the training mixture, which for depo is easier than what is evaluated.
     """
     steps = min(options.steps, -(-size // options.batch))
-    data = itertools.islice(batches(task, options, 0), steps)
-    return [torch.cat(x)[:size] for x in zip(*data)]
+    return [torch.cat(x)[:size] for x in zip(*itertools.islice(batches(task, options, 0), steps))]
 
 
 @torch.no_grad()

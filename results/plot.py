@@ -41,6 +41,10 @@ def exact(scores: dict) -> float:
     return 100 * scores["exact"]
 
 
+def floor_line(axis, logs: list[list[dict]]):
+    axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
+
+
 def against_tokens(axis, logs: list[list[dict]], n: int, colour, label: str, score=exact, **style):
     """A score on held-out instances in the course of training, with N = n."""
     points = defaultdict(list)
@@ -87,7 +91,7 @@ def laptop(figure):
                                 ("random", COLOURS[4], "with a random N of 1 and 2")):
         by_loops(axes[1], read(f"short/{name}-s*.jsonl"), colour, label)
     for axis in axes:
-        axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
+        floor_line(axis, logs)
         axis.legend()
     axes[0].set(title="the default run", xlabel="training tokens, millions", ylabel="exact, %",
                 ylim=(0, 102))
@@ -120,7 +124,7 @@ def two_blocks(figure):
         for n in (1, 2, 4):
             against_tokens(axis, logs, n, COLOURS[n], f"two blocks, N = {n}")
         against_tokens(axis, read(f"fig2a/t{t}-s*.jsonl"), 1, "black", "four blocks, N = 1", ls=":")
-        axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
+        floor_line(axis, logs)
         axis.set(title=f"t = {t}", xlabel="training tokens, millions", ylim=(0, 102))
     axes[0].set(ylabel="exact, %")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -153,7 +157,7 @@ def fig2b(figure):
         axis.plot(4500, exact, "s", color=COLOURS[n], ms=4)
         axis.annotate(f"paper, {label}", (4500, exact), (6, 2), textcoords="offset points",
                       fontsize=7)
-    axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
+    floor_line(axis, logs)
     for seen in (16, 20, 22):
         exact = oracle(table, seen)
         axis.axhline(exact, color="black", lw=0.5, ls=":")
@@ -172,7 +176,7 @@ def dream(figure):
     against_tokens(axes[0], logs, 16, "black", "N = 16, a dream")
     for n in (1, 4):
         against_tokens(axes[0], read(f"t32-2B/N{n}.jsonl"), n, COLOURS[n], f"N = {n}, not told")
-    axes[0].axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
+    floor_line(axes[0], logs)
     axes[1].set_xscale("log")
     for name, colour, label in (("paper", "black", "24 cells, 4 states, t = 2 N, N up to 16"),
                                 ("two", "tab:purple", "12 cells, 2 states, t = N up to 16"),
