@@ -174,6 +174,8 @@ def dream(figure):
     """Passes that say what they compute: t = 32 at the paper's size, and other N and t asked."""
     axes, logs = figure.subplots(1, 2, sharey=True), read("dream/paper-s*.jsonl")
     against_tokens(axes[0], logs, 16, "black", "N = 16, a dream")
+    against_tokens(axes[0], read("dream/untold-paper-s*.jsonl"), 16, "black", "N = 16, not told",
+                   lambda record: exact(record["levels"]["32"]), ls=":")
     for n in (1, 4):
         against_tokens(axes[0], read(f"t32-2B/N{n}.jsonl"), n, COLOURS[n], f"N = {n}, not told")
     floor_line(axes[0], logs)
@@ -201,7 +203,7 @@ def guess(nodes: int, questions: int, names: int) -> float:
 
 def fig3(figure):
     """The paper's Fig. 3, Depo: test loss by k; in the small, and on the way with 75 nodes."""
-    axes, small, large = figure.subplots(1, 2), read("depo/two*.jsonl"), read("depo/nodes75.jsonl")
+    axes, small, large = figure.subplots(1, 2), read("depo/two*.jsonl"), read("depo/nodes75-N*.jsonl")
     for n in (1, 2, 4):
         by_level(axes[0], small, n, COLOURS[n], f"two blocks, N = {n}", itemgetter("loss"))
         for k, style in (("1", "-"), ("2", ":")):
