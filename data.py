@@ -120,12 +120,12 @@ class Rule110:
     """
     words = "01?"  # the vocabulary: 0, 1 and the query
     QUERY, vocab_size = 2, 3
-    MOST = 10_000  # steps
+    MOST_STEPS = 10_000
 
     def __init__(self, cells: int = 12, states: int = 2, t: int = 5, automaton: int = 110):
         check("cells", cells, 3)
         check("states", states, 1)
-        check("t", t, 0, self.MOST)
+        check("t", t, 0, self.MOST_STEPS)
         check("automaton", automaton, 0, 255)
         self.cells, self.states, self.t, self.automaton = cells, states, t, automaton
         self.levels = (t,)
@@ -138,7 +138,7 @@ class Rule110:
         """tokens, targets: int64 (B, T) on the generator's device. split: "train" or "held-out".
         level: another t."""
         device, t = generator.device, self.t if level is None else level
-        check("level", t, 0, self.MOST)
+        check("level", t, 0, self.MOST_STEPS)
 
         def draw(n):
             return torch.randint(2, (n, self.cells), generator=generator, device=device)

@@ -34,7 +34,7 @@ class Config:
     window: int             # L: tokens between evictions
     layout: str = "asas"    # one letter a block, a = attention, s = SSM; "asas" is the paper's
     d_model: int = 256      # d
-    n_head: int = 4         # H; K = V = d / H
+    n_head: int = 4         # H; K = V = d / H  # Choice: heads
     dtype: str = "float32"  # of activations inside the blocks; parameters, h and S stay in float32
     # Variants of the sleep; the defaults are Algorithm 1.
     eviction: str = "hard"       # hard: the whole cache; sliding: all but L - 1 tokens; none
@@ -116,7 +116,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None,
     q, turned = rotate(q, cos[C - L:], sin[C - L:]), rotate(k, cos, sin)  # Choice: rotary positions
     visible = torch.ones(L, C, dtype=torch.bool, device=q.device).tril(C - L)
     if span is not None and C > span:
-        visible = visible.triu(C - L - span + 1)
+        visible = visible.triu(C - L - span + 1)  # Choice: sliding window
     scores = (q @ turned.mT / math.sqrt(q.shape[3])).masked_fill(~visible, -math.inf)
     return scores.softmax(-1) @ v, Cache(k, v)                            # Eq. (2)
 

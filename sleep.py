@@ -117,7 +117,7 @@ def sleep(model, tokens: Tensor, memory: Memory, loops: int,
         return recomputed(  # Choice: start of sleep
             model, passes, model, tokens, memory, loops, True)[1]
     check_dream(loops)
-    for _ in range(loops // 2):
+    for _ in range(loops // 2):  # Differs: a dream
         h, memory = recomputed(model, passes, model, tokens, memory, 2, True)
         logits = model.unembed(h)
         tokens = logits.argmax(-1) + model.config.vocab_size

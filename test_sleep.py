@@ -1188,6 +1188,11 @@ def test_init_that_does_not_fit(tmp_path, capsys):
                     f"{two}/N1.pt --layout aa --window 9"):
         options = "--init " + options
         assert "must " in refused(capsys, [*TINY, "--out", str(tmp_path / "new"), *options.split()])
+    gsm = [*"--task gsm --ops 1 --statements 3 --loops 1 --steps 1".split(), *TINY[4:], "--out"]
+    words = [str(tmp_path / "gsm"), *"--modulus 5 --variables 8".split()]
+    assert train.main(gsm + words) == 0  # its words are as many as those below, but others
+    words = [str(tmp_path / "new"), *f"--modulus 7 --variables 6 --init {words[0]}".split()]
+    assert "vocabulary" in refused(capsys, gsm + words)
     assert not (tmp_path / "new").exists()
 
 
@@ -1680,6 +1685,17 @@ def test_commands_of_the_readme_parse():
         if script == "train.py" and arguments != ["--help"]:
             options = train.parse(train.get_parser(), arguments)
             train.build(options | {"init": None, "train": "all", "dtype": "float32"})
+
+
+def test_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    """Guards the example of a trained model in use."""
+    monkeypatch.chdir(tmp_path)
+    run_of(tmp_path, "out/rule110-001", "--loops 2")
+    [example] = re.findall(r"^```python\n(import .*?)^```", README, re.M | re.S)
+    capsys.readouterr()
+    exec(example, {})
+    *_, bytes, answer = capsys.readouterr().out.splitlines()
+    assert "'cache'" in bytes and re.fullmatch("last answer [01] of [01]", answer)
 
 
 def tags(kinds):

@@ -184,7 +184,8 @@ def get_parser() -> argparse.ArgumentParser:
     run.add_argument("--eval_every", type=whole(1), default=200,
                      help="steps between evaluations, each followed by a checkpoint")
     run.add_argument("--eval_size", type=whole(1), default=2048,
-                     help="held-out sequences in an evaluation, the same for every run")
+                     help="held-out sequences in an evaluation, shared equally among its "
+                          "levels; the same for every N and seed")
     run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                      help="auto: cuda where there is one")
     run.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -511,12 +512,13 @@ def initialize(model: Hybrid, options: dict) -> list[str] | None:
         fresh = model.load_state_dict(weights, strict=False).missing_keys
         if ("".join(new[i] for i in kept) != old
                 or any(int(name.split(".")[1]) in kept for name in fresh)
-                or any(saved["config"][name] != options[name] for name in ("task", "n_head"))):
+                or any(saved["config"].get(name) != options.get(name)  # a task's vocabulary is
+                       for name in ("task", "n_head", "modulus", "names"))):  # more than its size
             raise ValueError
     except UNREADABLE:
         raise Halt(2, f"error: --init {options['init']}: must be a checkpoint, or a folder with "
-                      "one, of the same task, width, heads and layout, m blocks aside, of no "
-                      "shorter window, with or without --dream alike") from None
+                      "one, of the same task and vocabulary, width, heads and layout, m blocks "
+                      "aside, of no shorter window, with or without --dream alike") from None
     if options["train"] == "new" and not fresh:
         raise Halt(2, f"error: --train new: must come with m blocks in --layout that {path} lacks")
     return fresh
@@ -553,8 +555,9 @@ def build(options: dict):
                                              options["loops"]):
             for N in options[name] or []:
                 check_dream(N, name)
-                if (t := N // 2 * steps_a_round(task.t, loops)) > task.MOST:
-                    raise ValueError(f"{name} {N}: must ask for at most {task.MOST} steps, not {t}")
+                if (t := N // 2 * steps_a_round(task.t, loops)) > task.MOST_STEPS:
+                    raise ValueError(f"{name} {N}: must ask for at most {task.MOST_STEPS} "
+                                     f"steps, not {t}")
     torch.manual_seed(options["seed"])
     return task, Hybrid(Config(**{"vocab_size": task.vocab_size, "window": task.window, **model}))
 
@@ -596,9 +599,9 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
         parser.error(f"--fast {options['fast']}: must be eager or auto on a CPU")
     try:
         task, model = build(options)
+        options |= {name: getattr(task, name) for name in TASK_OPTIONS if hasattr(task, name)}
         if not resume:
             initialize(model, options)
-        options |= {name: getattr(task, name) for name in TASK_OPTIONS if hasattr(task, name)}
         if options["fast"] == "auto":
             work = options["steps"] * options["batch"] * model_flops(
                 model, windows_of(task, model.config.window), max(options["loops"]))

@@ -45,12 +45,18 @@ def floor_line(axis, logs: list[list[dict]]):
     axis.axhline(100 * logs[0][1]["floor"], color="black", lw=0.8, ls="--", label="floor")
 
 
-def against_tokens(axis, logs: list[list[dict]], n: int, colour, label: str, score=exact, **style):
+def millions(record: dict) -> float:
+    """Training tokens, millions."""
+    return record["tokens"] / 1e6
+
+
+def against_tokens(axis, logs: list[list[dict]], n: int, colour, label: str, score=exact,
+                   spent=millions, **style):
     """A score on held-out instances in the course of training, with N = n."""
     points = defaultdict(list)
     for _, *records in logs:
-        for tokens, y in {r["tokens"]: score(r) for r in records if r["loops"] == n}.items():
-            points[tokens / 1e6].append(y)
+        for x, y in {spent(r): score(r) for r in records if r["loops"] == n}.items():
+            points[x].append(y)
     band(axis, points, colour, label, **style)
 
 
@@ -118,16 +124,22 @@ def fig2a(figure):
 
 def two_blocks(figure):
     """Rule 110 in the paper's size but for half the blocks: what N adds where depth is short."""
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, t in zip(axes, (8, 10)):
+    axes = figure.subplots(1, 3, sharey=True)
+    def compute(blocks: int):
+        return lambda record: blocks * record["token_passes"] / 1e6
+
+    for axis, t, two, four in ((axes[0], 8, millions, millions), (axes[1], 10, millions, millions),
+                               (axes[2], 10, compute(2), compute(4))):
         logs = read(f"two-blocks/t{t}-s*.jsonl")
         for n in (1, 2, 4):
-            against_tokens(axis, logs, n, COLOURS[n], f"two blocks, N = {n}")
-        against_tokens(axis, read(f"fig2a/t{t}-s*.jsonl"), 1, "black", "four blocks, N = 1", ls=":")
+            against_tokens(axis, logs, n, COLOURS[n], f"two blocks, N = {n}", spent=two)
+        against_tokens(axis, read(f"fig2a/t{t}-s*.jsonl"), 1, "black", "four blocks, N = 1",
+                       spent=four, ls=":")
         floor_line(axis, logs)
-        axis.set(title=f"t = {t}", xlabel="training tokens, millions", ylim=(0, 102))
+        axis.set(title=f"t = {t}", xlabel="tokens, millions", ylim=(0, 102))
     axes[0].set(ylabel="exact, %")
-    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes[2].set(xlabel="token passes x blocks, millions")
+    axes[2].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
 
 
 def oracle(table: np.ndarray, seen: int) -> float:
@@ -203,7 +215,8 @@ def guess(nodes: int, questions: int, names: int) -> float:
 
 def fig3(figure):
     """The paper's Fig. 3, Depo: test loss by k; in the small, and on the way with 75 nodes."""
-    axes, small, large = figure.subplots(1, 2), read("depo/two*.jsonl"), read("depo/nodes75-N*.jsonl")
+    axes, small = figure.subplots(1, 2), read("depo/two*.jsonl")
+    large = read("depo/nodes75-N*.jsonl")
     for n in (1, 2, 4):
         by_level(axes[0], small, n, COLOURS[n], f"two blocks, N = {n}", itemgetter("loss"))
         for k, style in (("1", "-"), ("2", ":")):
