@@ -1,4 +1,4 @@
-"""Every equation against its literal, slow form, every promise of the README against the code.
+"""Every equation against its literal, slow form, and the README against code and logs.
 
 The literal forms are written from the formulas alone, in float64, one token at a time. Run with
 `pytest`.
@@ -1180,7 +1180,7 @@ def test_inserted_memories_start_as_the_identity(tmp_path, capsys):
 
 
 def test_init_that_does_not_fit(tmp_path, capsys):
-    """Guards --init: another layout, width or window, two models, nothing new to train."""
+    """Guards --init: another layout, width, window or vocabulary, two models, nothing new."""
     two, _ = run_of(tmp_path, "two", "--layout aa --loops 1,2")
     for options in (f"{two}", f"{two}/N1.pt", f"{two}/N1.pt --layout aa --d_model 32",
                     f"{two}/N1.pt --layout aa --train new", f"{two}/log.jsonl",
@@ -1193,6 +1193,11 @@ def test_init_that_does_not_fit(tmp_path, capsys):
     assert train.main(gsm + words) == 0  # its words are as many as those below, but others
     words = [str(tmp_path / "new"), *f"--modulus 7 --variables 6 --init {words[0]}".split()]
     assert "vocabulary" in refused(capsys, gsm + words)
+    depo = [*"--task depo --nodes 4 --questions 2 --loops 1 --steps 1".split(), *TINY[4:], "--out"]
+    words = [str(tmp_path / "depo"), *"--names 4 --hops 4".split()]
+    assert train.main(depo + words) == 0
+    words = [str(tmp_path / "new"), *f"--names 3 --hops 6 --init {words[0]}".split()]
+    assert "vocabulary" in refused(capsys, depo + words)
     assert not (tmp_path / "new").exists()
 
 

@@ -177,7 +177,8 @@ def get_parser() -> argparse.ArgumentParser:
                           "run; None: on the task's own mixture")
     run.add_argument("--init", metavar="DIR",
                      help="start from the weights of another run: a folder with one checkpoint, "
-                          "or a file N*.pt; its layout may lack the m blocks")
+                          "or a file N*.pt, of the same task and vocabulary; its layout may lack "
+                          "the m blocks")
     run.add_argument("--train", choices=["all", "new"], default="all",
                      help="new: train only the blocks that the checkpoint of --init lacks")
     run.add_argument("--seed", type=whole(0), default=1, help="of start values and training data")
@@ -512,8 +513,9 @@ def initialize(model: Hybrid, options: dict) -> list[str] | None:
         fresh = model.load_state_dict(weights, strict=False).missing_keys
         if ("".join(new[i] for i in kept) != old
                 or any(int(name.split(".")[1]) in kept for name in fresh)
-                or any(saved["config"].get(name) != options.get(name)  # a task's vocabulary is
-                       for name in ("task", "n_head", "modulus", "names"))):  # more than its size
+                # equal weights do not tell heads, nor which words a vocabulary has
+                or any(saved["config"].get(name) != options.get(name)
+                       for name in ("task", "n_head", "modulus", "names"))):
             raise ValueError
     except UNREADABLE:
         raise Halt(2, f"error: --init {options['init']}: must be a checkpoint, or a folder with "

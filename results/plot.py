@@ -52,7 +52,7 @@ def millions(record: dict) -> float:
 
 def against_tokens(axis, logs: list[list[dict]], n: int, colour, label: str, score=exact,
                    spent=millions, **style):
-    """A score on held-out instances in the course of training, with N = n."""
+    """A score on held-out instances in the course of training, with N = n, by what was spent."""
     points = defaultdict(list)
     for _, *records in logs:
         for x, y in {spent(r): score(r) for r in records if r["loops"] == n}.items():
@@ -124,10 +124,10 @@ def fig2a(figure):
 
 def two_blocks(figure):
     """Rule 110 in the paper's size but for half the blocks: what N adds where depth is short."""
-    axes = figure.subplots(1, 3, sharey=True)
     def compute(blocks: int):
         return lambda record: blocks * record["token_passes"] / 1e6
 
+    axes = figure.subplots(1, 3, sharey=True)
     for axis, t, two, four in ((axes[0], 8, millions, millions), (axes[1], 10, millions, millions),
                                (axes[2], 10, compute(2), compute(4))):
         logs = read(f"two-blocks/t{t}-s*.jsonl")
