@@ -1188,16 +1188,14 @@ def test_init_that_does_not_fit(tmp_path, capsys):
                     f"{two}/N1.pt --layout aa --window 9"):
         options = "--init " + options
         assert "must " in refused(capsys, [*TINY, "--out", str(tmp_path / "new"), *options.split()])
-    gsm = [*"--task gsm --ops 1 --statements 3 --loops 1 --steps 1".split(), *TINY[4:], "--out"]
-    words = [str(tmp_path / "gsm"), *"--modulus 5 --variables 8".split()]
-    assert train.main(gsm + words) == 0  # its words are as many as those below, but others
-    words = [str(tmp_path / "new"), *f"--modulus 7 --variables 6 --init {words[0]}".split()]
-    assert "vocabulary" in refused(capsys, gsm + words)
-    depo = [*"--task depo --nodes 4 --questions 2 --loops 1 --steps 1".split(), *TINY[4:], "--out"]
-    words = [str(tmp_path / "depo"), *"--names 4 --hops 4".split()]
-    assert train.main(depo + words) == 0
-    words = [str(tmp_path / "new"), *f"--names 3 --hops 6 --init {words[0]}".split()]
-    assert "vocabulary" in refused(capsys, depo + words)
+    for task, words, others in (  # as many words, but others
+            ("gsm --ops 1 --statements 3", "--modulus 5 --variables 8",
+             "--modulus 7 --variables 6"),
+            ("depo --nodes 4 --questions 2", "--names 4 --hops 4", "--names 3 --hops 6")):
+        run = [*f"--task {task} --loops 1 --steps 1".split(), *TINY[4:]]
+        old, new = str(tmp_path / task[:3]), str(tmp_path / "new")
+        assert train.main([*run, *words.split(), "--out", old]) == 0
+        assert "vocabulary" in refused(capsys, [*run, *others.split(), "--init", old, "--out", new])
     assert not (tmp_path / "new").exists()
 
 
