@@ -44,6 +44,7 @@ class Config:
     sleep_at: str = "sleep"      # where the N passes are spent: asleep, or awake in scored windows
     dream: bool = False          # every two passes say a window, which the next two then read
     rule: str = "gdn"            # gdn, delta (no decay), mamba2 (Eq. 3 as printed: no delta rule)
+    position: str = "none"       # none, or window: a learned vector for each place in the window
     # No variant: the same numbers from less memory in more time.
     recompute: bool = False      # make activations again in the backward pass
 
@@ -62,7 +63,7 @@ class Config:
             raise ValueError("window 1: must be at least 2 for sliding eviction")
         for name, valid in (("dtype", "float32 bfloat16 float64"), ("rule", "gdn delta mamba2"),
                             ("eviction", "hard sliding none"), ("carry", "h embed"),
-                            ("sleep_at", "sleep wake")):
+                            ("sleep_at", "sleep wake"), ("position", "none window")):
             if getattr(self, name) not in valid.split():
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {valid}")
         self.loop_blocks = i, j = self.loop_blocks or (0, len(self.layout))
@@ -336,7 +337,8 @@ class Hybrid(nn.Module):
         self.config = config
         self.embedding = nn.Parameter(  # a dreamt token's is not that of the same token read
             torch.randn(config.vocab_size * (1 + config.dream), config.d_model))
-        self.position = nn.Parameter(0.5 * torch.randn(config.window, config.d_model))
+        self.position = (nn.Parameter(0.5 * torch.randn(config.window, config.d_model))
+                         if config.position == "window" else None)  # Differs: window position
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layout)  # Eq. (4), (5)
         self.out = Matrices(config.d_model, config.vocab_size)
         nn.init.zeros_(self.out.weight)  # Choice: start values
@@ -351,18 +353,10 @@ class Hybrid(nn.Module):
             for kind in c.layout)
         return Memory((None,) * len(c.layout), S)
 
-    def embed(self, tokens: Tensor, offset: int = 0) -> Tensor:
-        """tokens (B, L), the first of them at `offset` in its window -> h (B, L, d).
-
-        A product: the gradient of a lookup would have to sort. Raises ValueError if the tokens
-        reach beyond the window.
-        """
-        end = offset + tokens.shape[1]
-        if end > len(self.position):
-            raise ValueError(f"tokens: must end within the window of {len(self.position)}, "
-                             f"not at {end}")
-        one_hot = F.one_hot(tokens, len(self.embedding)).to(self.embedding.dtype)
-        return one_hot @ self.embedding + self.position[offset:end]  # Choice: window position
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) -> h (B, L, d). A product: the gradient of a lookup would have to sort."""
+        h = F.one_hot(tokens, len(self.embedding)).to(self.embedding.dtype) @ self.embedding
+        return h if self.position is None else h + self.position[:tokens.shape[1]]
 
     def blocks(self, h: Tensor, memory: Memory, start: int, stop: int, need_h: bool = True,
                need_cache: bool = True) -> tuple[Tensor | None, Memory]:

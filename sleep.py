@@ -45,23 +45,22 @@ class Memory(NamedTuple):
                 "S": sum(S.nbytes for S in self.S if S is not None)}
 
 
-def passes(model, tokens: Tensor, memory: Memory, loops: int, asleep: bool = False,
-           offset: int = 0) -> tuple[Tensor | None, Memory]:
+def passes(model, tokens: Tensor, memory: Memory, loops: int,
+           asleep: bool = False) -> tuple[Tensor | None, Memory]:
     """`loops` passes over one window: tokens (B, L) -> h (B, L, d) and the memory after the last.
 
-    offset: where in its window the first token stands. memory is what held before it. h and S go on
-    from pass to pass; keys and values are made anew in each, beside those kept from earlier
-    windows. Only the blocks i to j - 1 of loop_blocks are looped, those before and after run once.
-    What nobody needs is not asked for, and so, compiled, not computed: the cache of a pass before
-    the last and, asleep, the last h (but for a dream) and a cache about to be evicted are None.
-    Raises ValueError if loops < 1 or if the tokens reach beyond the window.
+    memory is what held before the window. h and S go on from pass to pass; keys and values are made
+    anew in each, beside those kept from earlier windows. Only the blocks i to j - 1 of loop_blocks
+    are looped, those before and after run once. What nobody needs is not asked for, and so,
+    compiled, not computed: the cache of a pass before the last and, asleep, the last h (but for a
+    dream) and a cache about to be evicted are None. Raises ValueError if loops < 1.
     """
     if loops < 1:
         raise ValueError(f"loops {loops}: must be at least 1")
     c, (i, j) = model.config, model.config.loop_blocks
     need_cache = not asleep or c.keep != 0
     # The blocks before the loop. By default there are none: first is the embedding, prelude memory.
-    first, prelude = model.blocks(model.embed(tokens, offset), memory, 0, i, True, need_cache)
+    first, prelude = model.blocks(model.embed(tokens), memory, 0, i, True, need_cache)
 
     def one_pass(last: bool, h: Tensor, *S: Tensor | None) -> tuple[Tensor | None, Memory]:
         stop, need_h = (len(c.layout), not asleep or c.dream) if last else (j, True)
@@ -87,14 +86,13 @@ def recomputed(model, function, *inputs):
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def wake(model, tokens: Tensor, memory: Memory, loops: int = 1,
-         offset: int = 0) -> tuple[Tensor, Memory]:
+def wake(model, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple[Tensor, Memory]:
     """Read: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it. One ordinary pass.
 
-    A window may be read in pieces: `offset` is where in it this piece begins. loops > 1 is for the
-    comparison that spends the passes awake (sleep_at = "wake").
+    A window may be read in pieces. loops > 1 is for the comparison that spends the passes awake
+    (sleep_at = "wake").
     """
-    h, memory = passes(model, tokens, memory, loops, offset=offset)
+    h, memory = passes(model, tokens, memory, loops)
     return model.unembed(h), memory
 
 
@@ -207,7 +205,8 @@ class Stream:
     as long as only the last window is scored: training only wakes for a scored window in the
     middle, while a stream, which cannot know, also sleeps on it (and as long as rounding changes
     nothing of what a dream says). Raises ValueError if loops < 1, if it is no number for a dream,
-    or if the model spends its passes awake, where each would need a cache of its own.
+    if the model spends its passes awake, where each would need a cache of its own, or if it has
+    positions in the window, which a token by itself does not tell.
     """
 
     def __init__(self, model, loops: int, batch_size: int = 1):
@@ -215,6 +214,8 @@ class Stream:
             raise ValueError(f"loops {loops}: must be at least 1")
         if model.config.sleep_at == "wake" and loops > 1:
             raise ValueError(f"loops {loops}: must be 1 to stream a model with sleep_at wake")
+        if model.config.position != "none":
+            raise ValueError(f"position {model.config.position}: must be none to stream")
         if model.config.dream:
             check_dream(loops)
         self.model, self.loops = model, loops
@@ -226,8 +227,7 @@ class Stream:
     def feed(self, token: Tensor) -> Tensor:
         """token (B,) -> logits (B, vocabulary) for the next one; sleeps if the window is full."""
         keep = self.model.config.keep
-        logits, self.memory = wake(self.model, token[:, None], self.memory,
-                                   offset=len(self.window))
+        logits, self.memory = wake(self.model, token[:, None], self.memory)
         if keep:  # a sliding window slides with every token
             self.memory = evict(self.memory, keep)
         self.window.append(token.clone())

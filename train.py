@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import IGNORE, TASKS, generator
+from data import IGNORE, TASKS, floor, generator
 from model import PIECE, Config, Hybrid
 from sleep import Cache, Window, algorithm1, check_dream, cut, evict, sleep, wake
 
@@ -137,6 +137,10 @@ def get_parser() -> argparse.ArgumentParser:
     model.add_argument("--n_head", type=whole(), default=4, help="heads H of every block")
     model.add_argument("--rule", choices=["gdn", "delta", "mamba2"], default="gdn",
                        help="update of S: Gated DeltaNet, or without its decay, or its delta rule")
+    model.add_argument("--position", choices=["none", "window"], default="none",
+                       help="window: a learned vector for each place in the window, which the "
+                            "paper does not name, is added to the embedding; such a model does "
+                            "not stream")
     sleep = p.add_argument_group("sleep")
     sleep.add_argument("--loops", type=several, default="1,2", metavar="N[,N...]",
                        help="passes over each window asleep; a list trains one model for each")
@@ -412,7 +416,7 @@ def evaluate(model: Hybrid, tokens: Tensor, targets: Tensor, loops: int, windows
 
 def evaluate_levels(model: Hybrid, task, held_out: dict, loops: int, windows: list[Window]):
     """The means over the task's levels, and, where there are several, each level by itself."""
-    levels = {level: {**evaluate(model, *data, loops, windows), "floor": task.floor(level)}
+    levels = {level: {**evaluate(model, *data, loops, windows), "floor": floor(task, level)}
               for level, data in held_out.items()}
     means = {name: sum(scores[name] for scores in levels.values()) / len(levels)
              for name in ("loss", "bit", "exact", "floor")}
@@ -509,13 +513,15 @@ def initialize(model: Hybrid, options: dict) -> list[str] | None:
         kept = [i for i, kind in enumerate(new) if old == new or kind != "m"]
         weights = {re.sub(r"^layers\.(\d+)", lambda match: f"layers.{kept[int(match[1])]}", name): x
                    for name, x in saved["model"].items()}
-        weights["position"] = weights["position"][:model.config.window]
+        if "position" in weights:
+            weights["position"] = weights["position"][:model.config.window]
         fresh = model.load_state_dict(weights, strict=False).missing_keys
         if ("".join(new[i] for i in kept) != old
-                or any(int(name.split(".")[1]) in kept for name in fresh)
+                or any(not name.startswith("layers.") or int(name.split(".")[1]) in kept
+                       for name in fresh)
                 # equal weights do not tell heads, nor which words a vocabulary has
                 or any(saved["config"].get(name) != options.get(name)
-                       for name in ("task", "n_head", "modulus", "names"))):
+                       for name in ("task", "n_head", "modulus", "names", "position"))):
             raise ValueError
     except UNREADABLE:
         raise Halt(2, f"error: --init {options['init']}: must be a checkpoint, or a folder with "
@@ -845,9 +851,9 @@ def print_facts(options: argparse.Namespace, folder: Path, header: dict):
     why = {("cpu", "float32"): "bfloat16 is slow there", ("cuda", "bfloat16"): "for tensor cores"}
     why = why.get((options.device, options.dtype), "as asked")
     windows, levels = windows_of(task, config.window), levels_of(task, options)
-    floor = sum(map(task.floor, levels)) / len(levels)
+    guessed = sum(floor(task, level) for level in levels) / len(levels)
     print(f"task    {task.title()}\n"
-          f"        always the same answer is {floor:.2%} exact: the floor\n"
+          f"        always the same answer is {guessed:.2%} exact: the floor\n"
           f"model   {config.layout}, d = {config.d_model}, {config.n_head} heads, "
           f"L = {config.window}: {parameters:,} parameters\n"
           f"run     N = {', '.join(map(str, options.loops))}, seed {options.seed}, "

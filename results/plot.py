@@ -17,7 +17,6 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from data import p_drawn, truth_table
 COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of N
 
 
@@ -142,6 +141,33 @@ def two_blocks(figure):
     axes[2].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
 
 
+def truth_table(cells: int, t: int, rule: int) -> np.ndarray:
+    """The first cell after t steps from each of all 2^cells states: uint8 0/1 (2^cells,).
+
+    In state i, cell j is bit j of i. On the way every cell is a table with 64 states in a word, so
+    that a step of all 2^24 states is a few operations on 2 MiB arrays. With fewer than 6 cells the
+    states repeat, to fill a word; beyond 24 cells, 2^24 random states stand for all.
+    """
+    if cells <= 24:
+        states = np.arange(max(2**cells, 64))
+        tables = [np.packbits(states >> i & 1 == 1).view(np.uint64) for i in range(cells)]
+    else:
+        words = np.random.default_rng(0).integers(2**64, size=(cells, 2**18), dtype=np.uint64)
+        tables = list(words)
+    for _ in range(t):
+        new = []
+        for i in range(cells):
+            left, here, right = tables[i - 1], tables[i], tables[(i + 1) % cells]
+            table = np.zeros_like(here)
+            for pattern in range(8):
+                if rule >> pattern & 1:
+                    table |= ((left if pattern & 4 else ~left) & (here if pattern & 2 else ~here)
+                              & (right if pattern & 1 else ~right))
+            new.append(table)
+        tables = new
+    return np.unpackbits(tables[0].view(np.uint8))
+
+
 def oracle(table: np.ndarray, seen: int) -> float:
     """Exact accuracy with four states, in %, of the best answers from `seen` neighbouring cells.
 
@@ -205,6 +231,18 @@ def dream(figure):
     axes[0].legend(loc="center right", fontsize=7)
     axes[1].set(title="other N and t than trained")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), title="trained with", fontsize=7)
+
+
+def p_drawn(nodes: int, names: int) -> np.ndarray:
+    """P(a given one-token name is among the first n that are drawn), n = 0, ..., nodes."""
+    i = np.arange(min(nodes, names) + 1)
+    p, expected = (i == 0).astype(float), [0.0]  # P(i of the names so far have one token)
+    for drawn in range(nodes):
+        one, two = names * (names - i), names**2 - (drawn - i)  # what is left, by weight
+        p_one_token = one / (one + two)
+        p = p * (1 - p_one_token) + np.roll(p * p_one_token, 1)
+        expected.append(p @ i)
+    return np.array(expected) / names
 
 
 def guess(nodes: int, questions: int, names: int) -> float:
