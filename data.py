@@ -6,8 +6,6 @@ training mixture. No target before scored_from is ever scored. An instance belon
 to the held-out split by a hash of itself, so that evaluation is on instances never trained on.
 """
 
-from functools import cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,7 +58,6 @@ def in_held_out(integers: Tensor) -> Tensor:
     return (x >> 40) % HELD_OUT == 0  # Choice: held-out states
 
 
-@cache
 def floor(task, level: int | None = None) -> float:
     """Exact accuracy of always giving the same answer, the most frequent one; it takes no learning.
 
@@ -138,15 +135,6 @@ class Rule110:
         targets = torch.full_like(tokens, IGNORE)
         targets[:, -self.states:] = answers
         return tokens, targets
-
-    def dreams(self, tokens: Tensor, rounds: int, steps: int) -> Tensor:
-        """What sleeps must say: every state of these tokens after steps, 2 steps, ..., rounds x
-        steps of the automaton. -> int64 (B, states x rounds, cells)"""
-        state, said = tokens[:, :self.states * self.cells].unflatten(1, (self.states, -1)), []
-        for _ in range(rounds):
-            state = rule110(state, steps, self.automaton)
-            said.append(state)
-        return torch.stack(said, dim=2).flatten(1, 2)
 
     def title(self) -> str:
         return (f"rule {self.automaton}: the first bit of each of {self.states} states of "

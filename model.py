@@ -1,20 +1,19 @@
 """The hybrid: attention blocks with a short-term cache, SSM blocks with fast weights S.
 
-The letters are explained at the top of sleep.py. The mathematics stands in two plain functions of
-tensors, `attention` and `gated_delta_rule`; the modules around them only hold weights. What stands
-below the last line across the page is for speed on a GPU and may be skipped.
+The letters are explained at the top of sleep.py. The mathematics stands in plain functions of
+tensors, `attention` and the update rules of S; the modules around them only hold weights. What
+stands below the last line across the page is for speed and may be skipped.
 """
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from sleep import Cache, Memory, Tail
 
 try:
     import triton
@@ -25,6 +24,31 @@ except ImportError:  # torch for CPUs comes without Triton, and needs none
 # Rotary wavelengths are 2 pi ROPE_BASE^(i / pairs) tokens, i = 0, 1, ... Within a window of 24 the
 # usual 10,000 would leave most pairs of coordinates unrotated; 100 lets them tell positions.
 ROPE_BASE = 100.0
+
+
+# ------------------------------------------------------------------------------ what is remembered
+
+class Cache(NamedTuple):
+    """Short-term memory of an attention block: keys and values of the latest tokens."""
+    k: Tensor  # (B, H, C, K)
+    v: Tensor  # (B, H, C, V)
+
+
+class Tail(NamedTuple):
+    """Short-term memory of an SSM block: the last inputs of its short convolution."""
+    x: Tensor  # (B, 3, 3 d)
+
+
+class Memory(NamedTuple):
+    """All that a model remembers. Each tuple has one entry a block, None where there is nothing."""
+    cache: tuple[Cache | Tail | None, ...]  # short-term: grows with every token, evicted
+    S: tuple[Tensor | None, ...]  # fast weights (B, H, V, K) of SSM blocks: fixed size, kept
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes held at this moment by each of the two memories."""
+        cached = [x for entry in self.cache if entry is not None for x in entry]
+        return {"cache": sum(x.nbytes for x in cached),
+                "S": sum(S.nbytes for S in self.S if S is not None)}
 
 
 @dataclass
@@ -42,11 +66,8 @@ class Config:
     carry: str = "h"             # a pass starts from the last one's h, or again from the first's
     carry_S: bool = True         # ... and from its S, or again from the S at the window's start
     sleep_at: str = "sleep"      # where the N passes are spent: asleep, or awake in scored windows
-    dream: bool = False          # every two passes say a window, which the next two then read
-    rule: str = "gdn"            # gdn, delta (no decay), mamba2 (Eq. 3 as printed: no delta rule)
+    rule: str = "gdn"            # update of S, a name in RULES
     position: str = "none"       # none, or window: a learned vector for each place in the window
-    # No variant: the same numbers from less memory in more time.
-    recompute: bool = False      # make activations again in the backward pass
 
     def __post_init__(self):
         if not self.layout or set(self.layout) - set("asm"):
@@ -61,19 +82,14 @@ class Config:
             raise ValueError(f"window {self.window}: must be at least 1")
         if self.window == 1 and self.eviction == "sliding":
             raise ValueError("window 1: must be at least 2 for sliding eviction")
-        for name, valid in (("dtype", "float32 bfloat16 float64"), ("rule", "gdn delta mamba2"),
-                            ("eviction", "hard sliding none"), ("carry", "h embed"),
-                            ("sleep_at", "sleep wake"), ("position", "none window")):
-            if getattr(self, name) not in valid.split():
-                raise ValueError(f"{name} {getattr(self, name)!r}: must be one of {valid}")
+        for name, valid in CHOICES.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be one of "
+                                 + ", ".join(valid))
         self.loop_blocks = i, j = self.loop_blocks or (0, len(self.layout))
         if not 0 <= i < j <= len(self.layout):
             raise ValueError(f"loop_blocks {i}:{j}: must be i:j with 0 <= i < j <= "
                              f"{len(self.layout)}, the number of blocks")
-        if self.dream and (self.eviction, self.carry, self.carry_S, self.sleep_at, j - i) != (
-                "hard", "h", True, "sleep", len(self.layout)):
-            raise ValueError("dream: must come with no other variant of the sleep (eviction, "
-                             "loop_blocks, carry, carry_S, sleep_at)")
 
     @property
     def keep(self) -> int | None:
@@ -122,81 +138,66 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None,
     return scores.softmax(-1) @ v, Cache(k, v)                            # Eq. (2)
 
 
-def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
-                     S: Tensor, delta: bool = True) -> tuple[Tensor, Tensor]:
-    """Eq. (3) with the delta rule (Gated DeltaNet, arXiv 2412.06464), a whole window at once:
+def decays(log_alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """log_alpha (B, H, L) -> what is left at token t of the start, gamma (B, H, L, 1), and of what
+    token j wrote, D (B, H, L, L): the product of alpha over (j, t], 0 for j > t."""
+    L = log_alpha.shape[2]
+    g = log_alpha.cumsum(-1)  # log gamma
+    future = torch.ones(L, L, dtype=torch.bool, device=g.device).triu(1)
+    # Masked after exp, gradients would be NaN.
+    D = (g[..., :, None] - g[..., None, :]).masked_fill(future, -math.inf).exp()
+    return g.exp()[..., None], D
 
-        S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,    o_t = S_t q_t
+
+def write_and_read(q: Tensor, k: Tensor, u: Tensor, gamma: Tensor, D: Tensor,
+                   S: Tensor) -> tuple[Tensor, Tensor]:
+    """Token t writes u_t k_t^T, and then reads with q_t. -> o (B, H, L, V), S (B, H, V, K)"""
+    o = gamma * (q @ S.mT) + (q @ k.mT * D) @ u                   # Eq. (3): read
+    S = gamma[:, :, -1:] * S + (D[:, :, -1, :, None] * u).mT @ k  # Eq. (3): write
+    return o, S
+
+
+def gated_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
+               S: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. (3) as printed (Mamba-2's), a whole window at once:
+
+        S_t = alpha_t S_{t-1} + beta_t v_t k_t^T,    o_t = S_t q_t
 
     q, k (B, H, L, K), v (B, H, L, V), log_alpha <= 0 and beta in (0, 1) (B, H, L), S (B, H, V, K)
     -> o (B, H, L, V) and the S after the window. All of one dtype. The caller normalises k.
+    """
+    gamma, D = decays(log_alpha)
+    return write_and_read(q, k, beta[..., None] * v, gamma, D, S)
+
+
+def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
+                     S: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with the delta rule (Gated DeltaNet, arXiv 2412.06464), what all runs here have:
+
+        S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
 
     Token t really writes u_t k_t^T with u_t = beta_t (v_t - alpha_t S_{t-1} k_t). Unrolling S_{t-1}
     into the starting S and the earlier writes makes the L vectors u a lower triangular system.
     Solve it by substitution only: its keys are nearly collinear, and an inverse by powers explodes.
-    Without the delta rule, Eq. (3) as printed (Mamba-2's), u_t = beta_t v_t.
     """
-    L = q.shape[2]
-    g = log_alpha.cumsum(-1)                                    # (B, H, L), log gamma
-    future = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
-    # D_ij = product of alpha over (j, i], 0 for j > i. Masked after exp, gradients would be NaN.
-    D = (g[..., :, None] - g[..., None, :]).masked_fill(future, -math.inf).exp()    # (B, H, L, L)
-    gamma, beta = g.exp()[..., None], beta[..., None]           # (B, H, L, 1): decay from the start
-    u = beta * v                                                # (B, H, L, V)
-    if delta:
-        A = beta * (k @ k.mT) * D                               # (B, H, L, L), diagonal not read
-        u = torch.linalg.solve_triangular(A, u - beta * gamma * (k @ S.mT), upper=False,
-                                          unitriangular=True)
-    o = gamma * (q @ S.mT) + (q @ k.mT * D) @ u                   # Eq. (3): read
-    S = gamma[:, :, -1:] * S + (D[:, :, -1, :, None] * u).mT @ k  # Eq. (3): delta rule
-    return o, S
+    (gamma, D), beta = decays(log_alpha), beta[..., None]
+    u = beta * v
+    A = beta * (k @ k.mT) * D                                     # (B, H, L, L), diagonal not read
+    u = torch.linalg.solve_triangular(A, u - beta * gamma * (k @ S.mT), upper=False,
+                                      unitriangular=True)         # Eq. (3): delta rule
+    return write_and_read(q, k, u, gamma, D, S)
 
 
-PIECE = 32  # tokens that go through the rule at once
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
+               S: Tensor) -> tuple[Tensor, Tensor]:
+    """The delta rule without decay (DeltaNet): alpha = 1."""
+    return gated_delta_rule(q, k, v, torch.zeros_like(log_alpha), beta, S)
 
 
-def fused(x: Tensor, K: int) -> bool:
-    """Whether the kernels at the end of this file can take x, with heads of size K."""
-    return (bool(triton) and x.is_cuda and x.dtype == torch.bfloat16 and K in (16, 32, 64)
-            and x.numel() * max(1, K // x.shape[1]) < 2**31)  # offsets are int32
-
-
-def prepare(x: Tensor, w: Tensor, n_head: int) -> Tensor:
-    """What stands before the delta rule: a causal depthwise convolution, SiLU, unit q and k.
-
-    x (B, L, 3 d), w (4, 3 d) -> q, k, v (B, L, 3, H, K). Written as shifted products: faster than
-    conv1d at these sizes.
-    """
-    shape = *x.shape[:2], 3, n_head, x.shape[2] // n_head // 3
-    if fused(x, shape[4]):
-        return fused_prepare(x, w, n_head).view(shape)
-    L, w, x = x.shape[1], w.to(x.dtype), F.pad(x, (0, 0, 3, 0))
-    y = x[:, 3:] * w[3]
-    for i in range(3):
-        y = torch.addcmul(y, x[:, i:i + L], w[i])
-    q, k, v = F.silu(y).view(shape).unbind(2)
-    return torch.stack([unit(q), unit(k), v], dim=2)
-
-
-def read_and_write(qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor, delta: bool = True):
-    """`gated_delta_rule` in the layers' layout.
-
-    qkv (B, L, 3, H, K), log_alpha, beta (B, L, H), S (B, H, V, K) -> o (B, L, H, V) and the S after
-    the window. A long window goes in pieces, which changes nothing.
-    """
-    pieces = -(-qkv.shape[1] // PIECE)
-    if pieces > 1:
-        outputs = []
-        for piece in zip(*(x.split(-(-x.shape[1] // pieces), 1) for x in (qkv, log_alpha, beta))):
-            o, S = read_and_write(*piece, S, delta)
-            outputs.append(o)
-        return torch.cat(outputs, dim=1), S
-    if delta and fused(qkv, qkv.shape[4]):
-        o, S, _ = fused_rule(qkv, log_alpha, beta, S)
-        return o, S
-    q, k, v = (x.to(S.dtype).transpose(1, 2).contiguous() for x in qkv.unbind(2))  # (B, H, L, K)
-    o, S = gated_delta_rule(q, k, v, log_alpha.mT, beta.mT, S, delta)
-    return o.transpose(1, 2).to(qkv.dtype), S
+RULES = {"gdn": gated_delta_rule, "delta": delta_rule, "mamba2": gated_rule}
+CHOICES = {"dtype": ("float32", "bfloat16", "float64"), "eviction": ("hard", "sliding", "none"),
+           "carry": ("h", "embed"), "sleep_at": ("sleep", "wake"), "rule": RULES,
+           "position": ("none", "window")}
 
 
 # ------------------------------------------------------------------------------------------ modules
@@ -241,12 +242,12 @@ class Attention(nn.Module):
         self.qkv = Matrices(config.d_model, config.d_model, 3)
         self.out = Matrices(config.d_model, config.d_model)
 
-    def forward(self, x: Tensor, cache: Cache | None, S: None, need_cache: bool = True):
+    def forward(self, x: Tensor, cache: Cache | None, S: None):
         B, L, d = x.shape
         heads = self.qkv(x).view(B, L, 3, self.n_head, -1)  # Eq. (1)
         q, k, v = (x.transpose(1, 2) for x in heads.unbind(2))  # each (B, H, L, K)
         o, cache = attention(norm(q), norm(k), v, cache, self.span)  # Choice: normed q and k
-        return self.out(o.transpose(1, 2).reshape(B, L, d)), cache if need_cache else None, S
+        return self.out(o.transpose(1, 2).reshape(B, L, d)), cache, S
 
 
 class ShortConv(nn.Module):
@@ -287,15 +288,13 @@ class GatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(A.log())
         self.dt_bias = nn.Parameter(dt.expm1().log())  # softplus(dt_bias) = dt
 
-    def forward(self, x: Tensor, cache: Tail | None, S: Tensor, need_cache: bool = True):
+    def forward(self, x: Tensor, cache: Tail | None, S: Tensor):
         B, L, d = x.shape
         qkv, cache = self.conv(self.qkv(x), cache)
         gate, ab = together(x, self.gate, self.ab).split([d, 2 * self.n_head], dim=-1)
         a, b = ab.to(S.dtype).chunk(2, dim=-1)  # (B, L, H)
         log_alpha = -self.A_log.exp() * F.softplus(a + self.dt_bias)
-        log_alpha = torch.zeros_like(log_alpha) if self.rule == "delta" else log_alpha
-        o, S = read_and_write(qkv, log_alpha, b.sigmoid(), S, delta=self.rule != "mamba2")
-        cache = cache if need_cache else None
+        o, S = update(self.rule, qkv, log_alpha, b.sigmoid(), S)
         return self.out(norm(o).view(B, L, d) * F.silu(gate)), cache, S
 
 
@@ -316,10 +315,12 @@ class Block(nn.Module):
         else:
             nn.init.zeros_(self.mixer.out.weight)
 
-    def forward(self, h: Tensor, cache: Cache | Tail | None, S: Tensor | None,
-                need_h: bool = True, need_cache: bool = True):
-        """h (B, L, d), what the block remembers -> the same after these L tokens, or None."""
-        o, cache, S = self.mixer(norm(h).to(self.dtype), cache, S, need_cache)
+    def forward(self, h: Tensor, cache: Cache | Tail | None, S: Tensor | None, need_h: bool):
+        """h (B, L, d), what the block remembers -> the same after these L tokens.
+
+        need_h = False: h is None, and compiled, what only h needs is not computed.
+        """
+        o, cache, S = self.mixer(norm(h).to(self.dtype), cache, S)
         if not need_h:
             return None, cache, S
         h = h + o
@@ -335,8 +336,7 @@ class Hybrid(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Parameter(  # a dreamt token's is not that of the same token read
-            torch.randn(config.vocab_size * (1 + config.dream), config.d_model))
+        self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.d_model))
         self.position = (nn.Parameter(0.5 * torch.randn(config.window, config.d_model))
                          if config.position == "window" else None)  # Differs: window position
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layout)  # Eq. (4), (5)
@@ -358,16 +358,15 @@ class Hybrid(nn.Module):
         h = F.one_hot(tokens, len(self.embedding)).to(self.embedding.dtype) @ self.embedding
         return h if self.position is None else h + self.position[:tokens.shape[1]]
 
-    def blocks(self, h: Tensor, memory: Memory, start: int, stop: int, need_h: bool = True,
-               need_cache: bool = True) -> tuple[Tensor | None, Memory]:
+    def blocks(self, h: Tensor, memory: Memory, start: int, stop: int,
+               need_h: bool = True) -> tuple[Tensor | None, Memory]:
         """One pass over the blocks start to stop - 1: h (B, L, d), memory -> the same after it.
 
-        h and their cache are None where they are not needed.
+        need_h = False: nobody needs the h of the last one, it is None.
         """
         cache, S = list(memory.cache), list(memory.S)
         for i in range(start, stop):
-            h, cache[i], S[i] = self.layers[i](
-                h, cache[i], S[i], need_h or i < stop - 1, need_cache)
+            h, cache[i], S[i] = self.layers[i](h, cache[i], S[i], need_h or i < stop - 1)
         return h, Memory(tuple(cache), tuple(S))
 
     def unembed(self, h: Tensor) -> Tensor:
@@ -375,12 +374,67 @@ class Hybrid(nn.Module):
         return self.out(norm(h))
 
 
-# ------------------------------------------------------------------- GPU kernels, for speed only
-# `prepare` and `read_and_write` once more, letters as there, but for T, the inverse of I + A, and
-# C, the L tokens rounded up to 16 or 32; the tests compare both forms. What plain torch writes to
-# memory and reads again in some thirty kernels stays on chip: the rule of a window, forward and
-# backward, takes 0.15 ms instead of 1.6 (H100; B = 512, L = 24, K = 64).
-# Decays, sums and S are float32, I + A is inverted in tf32, other factors of products in bfloat16.
+# -------------------------------------------------------------------------------- for speed only
+
+PIECE = 32  # tokens that go through a rule at once
+
+
+def update(rule: str, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
+    """RULES[rule] in the layers' layout, a long window in pieces, which changes nothing.
+
+    qkv (B, L, 3, H, K), log_alpha, beta (B, L, H), S (B, H, V, K) -> o (B, L, H, V) and the S after
+    the window.
+    """
+    run, pieces = form(rule, qkv), -(-qkv.shape[1] // PIECE)
+    if pieces == 1:
+        return run(qkv, log_alpha, beta, S)
+    outputs = []
+    for piece in zip(*(x.split(-(-x.shape[1] // pieces), 1) for x in (qkv, log_alpha, beta))):
+        o, S = run(*piece, S)
+        outputs.append(o)
+    return torch.cat(outputs, dim=1), S
+
+
+def form(rule: str, qkv: Tensor):
+    """What runs a rule on such q, k, v: a kernel if the rule has one, else the plain form."""
+    if rule in KERNELS and fits_kernels(qkv, qkv.shape[4]):
+        return KERNELS[rule]
+    return partial(plain_form, RULES[rule])
+
+
+def plain_form(rule, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
+    q, k, v = (x.to(S.dtype).transpose(1, 2).contiguous() for x in qkv.unbind(2))  # (B, H, L, K)
+    o, S = rule(q, k, v, log_alpha.mT, beta.mT, S)
+    return o.transpose(1, 2).to(qkv.dtype), S
+
+
+def prepare(x: Tensor, w: Tensor, n_head: int) -> Tensor:
+    """What stands before the rule: a causal depthwise convolution, SiLU, unit q and k.
+
+    x (B, L, 3 d), w (4, 3 d) -> q, k, v (B, L, 3, H, K). Written as shifted products: faster than
+    conv1d at these sizes.
+    """
+    shape = *x.shape[:2], 3, n_head, x.shape[2] // n_head // 3
+    if fits_kernels(x, shape[4]):
+        return fused_prepare(x, w, n_head).view(shape)
+    L, w, x = x.shape[1], w.to(x.dtype), F.pad(x, (0, 0, 3, 0))
+    y = x[:, 3:] * w[3]
+    for i in range(3):
+        y = torch.addcmul(y, x[:, i:i + L], w[i])
+    q, k, v = F.silu(y).view(shape).unbind(2)
+    return torch.stack([unit(q), unit(k), v], dim=2)
+
+
+def fits_kernels(x: Tensor, K: int) -> bool:
+    """Whether the kernels can take x, with heads of size K."""
+    return (bool(triton) and x.is_cuda and x.dtype == torch.bfloat16 and K in (16, 32, 64)
+            and x.numel() * max(1, K // x.shape[1]) < 2**31)  # offsets are int32
+
+
+# The kernels: `prepare` and `gated_delta_rule` once more, letters as there, but for T, the inverse
+# of I + A, and C, the L tokens rounded up to 16 or 32; the tests compare both forms. What plain
+# torch writes to memory and reads again in some thirty kernels stays on chip. Decays, sums and S
+# are float32, I + A is inverted in tf32, other factors of products in bfloat16.
 
 jit = triton.jit if triton else lambda function: function
 
@@ -566,3 +620,12 @@ fused_rule_backward.register_fake(lambda *x: tuple(y.new_empty(y.shape) for y in
 fused_rule.register_autograd(
     lambda ctx, do, dafter, _: fused_rule_backward(*ctx.saved_tensors, do, dafter),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[2]))
+
+
+def kernel_form(qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
+    return fused_rule(qkv, log_alpha, beta, S)[:2]
+
+
+KERNELS = {"gdn": kernel_form,  # a rule that is not here takes its plain form
+           "delta": lambda qkv, log_alpha, beta, S: kernel_form(
+               qkv, torch.zeros_like(log_alpha), beta, S)}

@@ -4,8 +4,8 @@ A model with attention and SSM blocks has two memories. The *cache* (keys and va
 is short-term: it grows with every token and is evicted every L tokens. The *fast weights* S of the
 SSM blocks are long-term: their size is fixed and they survive. Just before the cache goes, the
 model sleeps: it runs N passes over the window it still remembers, and each pass refines S. Nothing
-else changes; answering later is one ordinary forward pass. With N = 1 this is the plain hybrid: no
-special case below. (There is one that is not the paper's: a dream, in `sleep`.)
+else changes; answering later is one ordinary forward pass. N = 1 is the plain hybrid, and no
+special case below.
 
 Letters, here and in model.py (code name in parentheses where it differs):
     B  batch                          d  width (d_model)                N  passes asleep (loops)
@@ -19,74 +19,33 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from model import Cache, Hybrid, Memory
 
 
-class Cache(NamedTuple):
-    """Short-term memory of an attention block: keys and values of the latest tokens."""
-    k: Tensor  # (B, H, C, K)
-    v: Tensor  # (B, H, C, V)
-
-
-class Tail(NamedTuple):
-    """Short-term memory of an SSM block: the last inputs of its short convolution."""
-    x: Tensor  # (B, 3, 3 d)
-
-
-class Memory(NamedTuple):
-    """All that a model remembers. Each tuple has one entry a block, None where there is nothing."""
-    cache: tuple[Cache | Tail | None, ...]  # short-term: grows with every token, evicted
-    S: tuple[Tensor | None, ...]  # fast weights (B, H, V, K) of SSM blocks: fixed size, kept
-
-    def bytes(self) -> dict[str, int]:
-        """Bytes held at this moment by each of the two memories."""
-        cached = [x for entry in self.cache if entry is not None for x in entry]
-        return {"cache": sum(x.nbytes for x in cached),
-                "S": sum(S.nbytes for S in self.S if S is not None)}
-
-
-def passes(model, tokens: Tensor, memory: Memory, loops: int,
-           asleep: bool = False) -> tuple[Tensor | None, Memory]:
+def passes(model: Hybrid, tokens: Tensor, memory: Memory, loops: int,
+           need_h: bool = True) -> tuple[Tensor | None, Memory]:
     """`loops` passes over one window: tokens (B, L) -> h (B, L, d) and the memory after the last.
 
     memory is what held before the window. h and S go on from pass to pass; keys and values are made
-    anew in each, beside those kept from earlier windows. Only the blocks i to j - 1 of loop_blocks
-    are looped, those before and after run once. What nobody needs is not asked for, and so,
-    compiled, not computed: the cache of a pass before the last and, asleep, the last h (but for a
-    dream) and a cache about to be evicted are None. Raises ValueError if loops < 1.
+    anew in each, beside those kept from earlier windows. Only the blocks i to j - 1 of loop_blocks,
+    by default all, are looped; those before and after them run once. need_h = False saves the last
+    block the work on a last h that nobody needs; it is None then. Raises ValueError if loops < 1.
     """
     if loops < 1:
         raise ValueError(f"loops {loops}: must be at least 1")
-    c, (i, j) = model.config, model.config.loop_blocks
-    need_cache = not asleep or c.keep != 0
-    # The blocks before the loop. By default there are none: first is the embedding, prelude memory.
-    first, prelude = model.blocks(model.embed(tokens), memory, 0, i, True, need_cache)
-
-    def one_pass(last: bool, h: Tensor, *S: Tensor | None) -> tuple[Tensor | None, Memory]:
-        stop, need_h = (len(c.layout), not asleep or c.dream) if last else (j, True)
-        return model.blocks(  # the last pass goes on through the blocks behind the loop
-            h, Memory(prelude.cache, S), i, stop, need_h, last and need_cache)  # Eq. (6)
-
+    c, (i, j), end = model.config, model.config.loop_blocks, len(model.config.layout)
+    first, prelude = model.blocks(model.embed(tokens), memory, 0, i)  # nothing more, by default
     h, after = first, prelude
-    for n in range(1, loops + 1):
+    for n in range(loops):
         h = h if c.carry == "h" else first
         S = after.S if c.carry_S else prelude.S
-        h, after = recomputed(model, one_pass, n == loops, h, *S)
-    return h, after
+        h, after = model.blocks(h, Memory(prelude.cache, S), i, j,  # Eq. (6)
+                                need_h or n < loops - 1 or j < end)
+    return model.blocks(h, after, j, end, need_h)                     # nothing, by default
 
 
-def recomputed(model, function, *inputs):
-    """function(*inputs), with config.recompute without its activations: they are made again in the
-    backward pass. So is each sleep (of a dream, each round), and in it each pass: only the S of
-    every window, and then h and S of every pass of one window, are held. Hence *S: tensors inside
-    an input would all be held.
-    """
-    if not model.config.recompute or not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def wake(model, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple[Tensor, Memory]:
+def wake(model: Hybrid, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple[Tensor, Memory]:
     """Read: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it. One ordinary pass.
 
     A window may be read in pieces. loops > 1 is for the comparison that spends the passes awake
@@ -96,38 +55,15 @@ def wake(model, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple[Tensor,
     return model.unembed(h), memory
 
 
-def sleep(model, tokens: Tensor, memory: Memory, loops: int,
-          said: list[Tensor] | None = None) -> Memory:
+def sleep(model: Hybrid, tokens: Tensor, memory: Memory, loops: int) -> Memory:
     """N = loops passes over one window (Eq. 6), before its cache is evicted: only memory remains.
 
     tokens (B, L) is the window; memory is what held when the window began, not what reading it
     awake has made of S since. That S is provisional, and for N = 1 it is computed again exactly.
     h is dropped, so that S (and what `evict` keeps of the cache) is the only road from this window
     to the future, and for gradients back into it.
-
-    A dream (config.dream; not in the paper) is a sleep in rounds of two passes, for a token learns
-    what stands ahead of it only from the S of the pass before. The tokens that OutProj makes of a
-    round's last h are the window that the next round reads. Their logits (B, L, vocabulary) join
-    `said`, so that training can tell each round what to say. Raises ValueError if loops is then odd
-    or less than 2.
     """
-    if not model.config.dream:
-        return recomputed(  # Choice: start of sleep
-            model, passes, model, tokens, memory, loops, True)[1]
-    check_dream(loops)
-    for _ in range(loops // 2):  # Differs: a dream
-        h, memory = recomputed(model, passes, model, tokens, memory, 2, True)
-        logits = model.unembed(h)
-        tokens = logits.argmax(-1) + model.config.vocab_size
-        if said is not None:
-            said.append(logits)
-    return memory
-
-
-def check_dream(loops: int, name: str = "loops"):
-    """Raises ValueError, in one line that begins with the name, if a dream cannot have so many."""
-    if loops < 2 or loops % 2:
-        raise ValueError(f"{name} {loops}: must be even, at least 2, for rounds of two passes")
+    return passes(model, tokens, memory, loops, need_h=False)[1]  # Choice: start of sleep
 
 
 def evict(memory: Memory, keep: int | None = 0) -> Memory:
@@ -162,37 +98,34 @@ def cut(targets: Tensor, length: int) -> list[Window]:
     return [Window(i, min(i + length, len(scored)), any(scored[i:i + length])) for i in starts]
 
 
-def algorithm1(model, tokens: Tensor, targets: Tensor, loops: int,
-               windows: list[Window] | None = None,
-               dreams: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def algorithm1(model: Hybrid, tokens: Tensor, targets: Tensor, loops: int,
+               windows: list[Window] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1: read window by window, asleep where nothing is scored, awake where it is.
 
     tokens, targets (B, T), targets -100 where not scored; windows = cut(targets, L), once for all
     batches. Returns the mean cross-entropy of the scored tokens, and for the P tokens of all
     prediction windows the logits (B, P, vocabulary) and targets (B, P). Backpropagation goes
-    through everything. Raises ValueError if nothing is scored.
-
-    dreams (B, R, L), for a model that dreams: what the R rounds must say, in their order, window by
-    window, all of L tokens; that cross-entropy, a mean as well, is added to the loss.
+    through everything. Raises ValueError if the sizes do not match or nothing is scored.
     """
+    if not tokens.numel() or tokens.shape != targets.shape:
+        raise ValueError(f"targets {tuple(targets.shape)}: must have the shape of the tokens, "
+                         f"{tuple(tokens.shape)}, and one token at least")
     asleep, awake = (loops, 1) if model.config.sleep_at == "sleep" else (1, loops)
-    said = None if dreams is None else []
     memory, scores = model.empty_memory(len(tokens)), []         # Alg. 1: S = 0
     windows = windows or cut(targets, model.config.window)       # Alg. 1: windows
+    if windows[-1].stop != tokens.shape[1] or not any(window.scored for window in windows):
+        raise ValueError(f"windows {windows}: must end with the {tokens.shape[1]} tokens, and some "
+                         "token must be scored")
     for start, stop, scored in windows:
         window = tokens[:, start:stop]
         if scored:
             logits, memory = wake(model, window, memory, awake)  # Alg. 1: prediction
             scores.append((logits, targets[:, start:stop]))
         else:
-            memory = sleep(model, window, memory, asleep, said)  # Alg. 1: consolidation
+            memory = sleep(model, window, memory, asleep)        # Alg. 1: consolidation
         memory = evict(memory, model.config.keep)                # Alg. 1: eviction
-    if not scores:
-        raise ValueError("targets: no token is scored")
     logits, labels = (torch.cat(parts, dim=1) for parts in zip(*scores))
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())  # Alg. 1: loss
-    if dreams is not None:
-        loss = loss + F.cross_entropy(torch.stack(said, 1).flatten(0, 2), dreams.flatten())
     return loss, logits, labels
 
 
@@ -203,21 +136,18 @@ class Stream:
     tokens and two memories, the provisional one and that of the window's start: bounded, however
     long the text, unless nothing is ever evicted. The logits are those of `algorithm1` to rounding
     as long as only the last window is scored: training only wakes for a scored window in the
-    middle, while a stream, which cannot know, also sleeps on it (and as long as rounding changes
-    nothing of what a dream says). Raises ValueError if loops < 1, if it is no number for a dream,
-    if the model spends its passes awake, where each would need a cache of its own, or if it has
+    middle, while a stream, which cannot know, also sleeps on it. Raises ValueError if loops < 1, if
+    the model spends its passes awake, where each would need a cache of its own, or if it has
     positions in the window, which a token by itself does not tell.
     """
 
-    def __init__(self, model, loops: int, batch_size: int = 1):
+    def __init__(self, model: Hybrid, loops: int, batch_size: int = 1):
         if loops < 1:
             raise ValueError(f"loops {loops}: must be at least 1")
         if model.config.sleep_at == "wake" and loops > 1:
             raise ValueError(f"loops {loops}: must be 1 to stream a model with sleep_at wake")
         if model.config.position != "none":
             raise ValueError(f"position {model.config.position}: must be none to stream")
-        if model.config.dream:
-            check_dream(loops)
         self.model, self.loops = model, loops
         with torch.no_grad():  # start: when the window began
             self.start = self.memory = model.empty_memory(batch_size)
