@@ -1,0 +1,435 @@
+"""Make what the READMEs say of logs and code: python results/render.py [--check].
+
+Fills the tables of results/README.md from the logs beside it, puts the places of the code's tags
+into README.md's tables of equations and choices, and draws the figures, which takes matplotlib.
+Without a change in logs or code it changes nothing.
+"""
+
+import difflib
+import io
+import json
+import re
+import sys
+from collections import defaultdict
+from functools import cache
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+if __name__ == "__main__":  # run as a program, Python only looks beside this file
+    sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+
+KINDS = r"Eq\.|Alg\.|Choice:|Differs:"  # of tags
+COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of N
+OLD = {"position": "window"}  # options that old logs lack, where that does not mean the default
+FREE = {*train.LEFT_OUT, "init", "seed", "loops", "eval_loops", "eval_every"}  # not compared
+
+SETTINGS = {  # name of the logs -> what tables and figures call it, its options
+    "base": ("4 heads, 4e-3", "--n_head 4 --muon_lr 4e-3"),
+    "m3": ("4 heads, 3e-3", "--n_head 4 --muon_lr 3e-3"),
+    "m2": ("4 heads, 2e-3", "--n_head 4 --muon_lr 2e-3"),
+    "h8": ("8 heads, 4e-3", "--n_head 8 --muon_lr 4e-3"),
+    "factor": ("a factor for the scores, SLEEP_FACTOR=1", "--n_head 4 --muon_lr 4e-3"),
+    "d20": ("rates fall later, SLEEP_DECAY=0.2", "--n_head 4 --muon_lr 4e-3")}
+SETTINGS_T = {12: (2344, "base m3 m2 h8 factor d20"), 10: (782, "base m3 m2 factor")}  # t -> steps
+FIG2A = {4: "converges", 8: "converges", **dict.fromkeys((10, 12, 14, 16), "ever more slowly")}
+WINDOW = "--paper --position window --n_head 4 --fast compile"
+
+# table -> its rows: experiment, what the paper has, options of train.py, logs
+TABLES = {
+    "laptop": [("Rule 110, every option at its default", "-", "--seed 1", "laptop/seed*.jsonl")],
+    "settings": [
+        (f"t = {t}: {SETTINGS[name][0]}", "-",
+         f"--paper {SETTINGS[name][1]} --fast compile --loops 1,4 --t {t} --steps {steps}",
+         f"settings/{name}-t{t}-s*.jsonl")
+        for t, (steps, names) in SETTINGS_T.items() for name in names.split()],
+    "position": [
+        *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{WINDOW} --loops 1,2,4 --t {t}",
+           f"window-position/fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
+        *((f"t = {t}, two blocks", "-", f"{WINDOW} --layout as --loops 1,2,4 --t {t}",
+           f"window-position/two-blocks/t{t}-s*.jsonl") for t in (8, 10)),
+        ("t = 32 (Fig. 2b)", "after 4 to 5 billion tokens N = 1 about 10, N = 2 about 20, N = 3 "
+         "and 4 above 30", f"{WINDOW} --loops 1,2,3,4 --t 32 --steps 9766",
+         "window-position/t32/N*.jsonl"),
+        ("t = 32, for longer", "the same", f"{WINDOW} --loops 1,4 --t 32 --steps 39063",
+         "window-position/t32-2B/N*.jsonl")]}
+ROWS = {row[-1]: row for rows in TABLES.values() for row in rows}
+
+
+# ----------------------------------------------------------------------------------------- the logs
+
+class Log(NamedTuple):
+    name: str
+    header: dict
+    records: list[dict]
+    last: dict[int, dict]  # of each N
+
+
+@cache
+def read(pattern: str) -> list[Log]:
+    logs = []
+    for path in sorted(HERE.glob(pattern)):
+        header, *records = map(json.loads, path.read_text().splitlines())
+        last = {record.get("loops"): record for record in records}
+        logs.append(Log(path.name, header, records, last))
+    return logs
+
+
+@cache
+def experiment(pattern: str) -> tuple[list[int], list[Log]]:
+    """The N and the logs of a row. Exits in one line if they are not what its command makes."""
+    row, _, arguments, _ = ROWS[pattern]
+    parser, logs = train.get_parser(), read(pattern)
+    default = vars(parser.parse_args([]))
+    options = train.parse(parser, arguments.split())
+    task, _ = train.build(options | {"dtype": "float32"})
+    for values, of in ((options, task), (default, type(task)())):
+        values |= {name: getattr(of, name) for name in train.TASK_OPTIONS if hasattr(of, name)}
+    wrong = [] if logs else ["there is no such log"]
+    for log in logs:
+        had = default | OLD | log.header["config"]
+        wrong += [f"{log.name} has {name} {had[name]}, not {value}"
+                  for name, value in options.items()
+                  if name not in FREE and value not in ("auto", had[name])]
+        patch = {f"{knob}={value}" for knob, value in log.header.get("patch", {}).items()}
+        wrong += [f"{log.name}: its patch and its row's name differ in {switch}"
+                  for switch in patch ^ {*re.findall(r"[A-Z_]+=\S+", row)}]
+        wrong += [f"{log.name} ends at step {record['step']} for N = {n}, not {options['steps']}"
+                  for n, record in log.last.items() if record["step"] != options["steps"]]
+    ran = [(log.header["config"]["seed"], n) for log in logs for n in log.last]
+    if sorted(ran) != sorted(product({seed for seed, _ in ran}, options["loops"])):
+        wrong.append("its logs must have each N of --loops once for each seed")
+    if wrong:
+        raise SystemExit(f"render.py: {pattern}: {wrong[0]} (command: {arguments})")
+    return options["loops"], logs
+
+
+def ends(pattern: str, n: int) -> list[dict]:
+    """The last records with N = n, of every seed."""
+    return [log.last[n] for log in experiment(pattern)[1] if n in log.last]
+
+
+def card(header: dict) -> str:
+    """"NVIDIA H100 80GB HBM3" -> "H100"; "CPU, 2 threads" -> "CPU"."""
+    name = header["hardware"].split(",")[0].removeprefix("NVIDIA ")
+    return re.sub(r" \d+GB.*", "", name)
+
+
+def joined(values) -> str:
+    return ", ".join(sorted(set(values)))
+
+
+# --------------------------------------------------------------------------------------- the tables
+
+def mean_and_range(values: list[float]) -> str:
+    """[63.1, 57.2] -> "60.2 [57.2, 63.1]"; one value alone as it is."""
+    mean = f"{sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.1f}, {max(values):.1f}]"
+
+
+def levels(records: list[dict], score: str) -> str:
+    """A score in %, over the seeds' records, by level where there are several."""
+    by_level = zip(*(record.get("levels", {0: record}).values() for record in records))
+    return " / ".join(mean_and_range([100 * level[score] for level in seeds]) for seeds in by_level)
+
+
+def cells(name: str, paper: str, arguments: str, pattern: str) -> list[str]:
+    """What a table's row says of an experiment."""
+    loops, logs = experiment(pattern)
+    last = [record for n in loops for record in ends(pattern, n)]
+    seeds, minutes = len(last) // len(loops), sum(record["seconds"] for record in last) / 60
+    return [name, paper, f"`{arguments}`",
+            "; ".join(f"N = {n}: {levels(ends(pattern, n), 'exact')}" for n in loops),
+            joined(levels([record], "floor") for record in last), f"{seeds}",
+            f"{last[0]['tokens'] / 1e6:.1f}M",
+            f"{minutes / seeds:.1f} {joined(card(log.header) for log in logs)}",
+            joined(log.header["commit"] for log in logs), f"`{pattern}`"]
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+    lines = [head.split(" | "), ["---"] * len(head.split(" | ")), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def speed_tables() -> str:
+    """The rows of every log of results/bench.py that is here, and the figure of them."""
+    rows, held = [], []
+    for _, header, (first, *records), _ in read("bench/*.jsonl"):
+        for row in records:
+            if "ms" in row:
+                peak = f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else "-"
+                rows.append([card(header), f"{header['config']['batch']}", f"{row['loops']}",
+                             f"{row['window']}", f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.0f}",
+                             f"{row['flops'] / first['matrix_rate']:.1%}", peak,
+                             *(f"{row[name]:.1f}" for name in (
+                                 "first_step_s", "wake_ms", "sleep_ms")), header["commit"]])
+            else:
+                held.append([card(header), *(f"{row[name]:,}" for name in (
+                    "windows", "tokens", "S", "cache", "never_evicted"))])
+    return "\n\n".join([
+        table("device | batch | N | L | ms a step | tokens/s | share of peak | peak MiB | "
+              "first step, s | wake, ms | sleep, ms | commit", rows),
+        table("device | windows read | tokens | S, bytes | cache, bytes | "
+              "cache if never evicted, bytes (computed)", held),
+        "![Training tokens a second, against N and against L](speed.svg)"
+    ]) if rows else "No log of `results/bench.py` is here yet."
+
+
+def filled(text: str) -> str:
+    """results/README.md with every table as the logs have it."""
+    made = {name: table("experiment | paper | `python train.py` ... | exact, % | floor | seeds | "
+                        "tokens | minutes | commit | logs", [cells(*row) for row in rows])
+            for name, rows in TABLES.items()} | {"speed": speed_tables()}
+    block = re.compile(r"^<!-- table: (.*) -->\n(?:.*\n)*?<!-- end -->$", re.M)
+    agree("results/README.md: table", block.findall(text), "results/render.py", [*made])
+    return block.sub(lambda match: f"<!-- table: {match[1]} -->\n{made[match[1]]}\n<!-- end -->",
+                     text)
+
+
+def tags() -> dict[str, str]:
+    """Every tag in the code and its place: {"Eq. (2)": "model.py:121"}. It ends its statement."""
+    found = [(match[1], f"{name}:{number}")
+             for name in ("sleep.py", "model.py", "data.py", "train.py")
+             for number, line in enumerate((ROOT / name).read_text().splitlines(), 1)
+             if (match := re.search(rf"\S.*# ((?:{KINDS})\S* .*)$", line))]
+    for tag, place in found:
+        if places := [other for name, other in found if name == tag and other != place]:
+            raise SystemExit(f"render.py: {tag} is tagged twice, at {place} and {places[0]}")
+    return dict(found)
+
+
+def placed(text: str) -> str:
+    """README.md with the place of each tag in the row that begins with the tag."""
+    places, row = tags(), re.compile(rf"^\| ((?:{KINDS})[^|]*?) \| `[^`]*` \|", re.M)
+    agree("README.md: row", row.findall(text), "the code", [*places])
+    return row.sub(lambda match: f"| {match[1]} | `{places[match[1]]}` |", text)
+
+
+def agree(place: str, there: list[str], source: str, wanted: list[str]):
+    """Exits in one line unless each that is wanted is there, once."""
+    for name in sorted({*there, *wanted}):
+        if there.count(name) != 1 or name not in wanted:
+            why = (f"not in {source}" if name not in wanted else
+                   "missing" if name not in there else "there twice")
+            raise SystemExit(f"render.py: {place} {name!r}: {why}")
+
+
+def rendered() -> dict[Path, str]:
+    """Each file that is made, in part, from logs and code -> the text that it should have."""
+    return {path: make(path.read_text()) for path, make in ((HERE / "README.md", filled),
+                                                            (ROOT / "README.md", placed))}
+
+
+# -------------------------------------------------------------------------------------- the figures
+# Lines are means over seeds, bands reach from the worst seed to the best.
+
+def band(axis, points: dict[float, list[float]], colour, label: str, **style):
+    """x -> the y of all seeds: a line through their means, and the space from worst to best."""
+    x, y = zip(*sorted(points.items()))
+    axis.plot(x, [sum(at) / len(at) for at in y], color=colour, label=label, **style)
+    axis.fill_between(x, [*map(min, y)], [*map(max, y)], color=colour, alpha=0.2, lw=0)
+
+
+def exact(records: list[dict]) -> list[float]:
+    return [100 * record["exact"] for record in records]
+
+
+def against_tokens(axis, pattern: str, n: int, label: str, **style):
+    """Exact accuracy in the course of training with N = n."""
+    points = defaultdict(list)
+    for log in experiment(pattern)[1]:
+        for record in log.records:
+            if record["loops"] == n:
+                points[record["tokens"] / 1e6] += exact([record])
+    band(axis, points, COLOURS[n], label, **style)
+
+
+def floor_line(axis, pattern: str):
+    floor = experiment(pattern)[1][0].records[0]["floor"]
+    axis.axhline(100 * floor, color="black", lw=0.8, ls="--", label="floor")
+
+
+def outside(axis, **style):
+    """A legend to the right of the axes."""
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), **style)
+
+
+def laptop(figure):
+    """The default run: exact accuracy against tokens."""
+    axis, pattern = figure.subplots(), "laptop/seed*.jsonl"
+    for n in experiment(pattern)[0]:
+        against_tokens(axis, pattern, n, f"N = {n}")
+    floor_line(axis, pattern)
+    axis.set(xlabel="training tokens, millions", ylabel="exact, %", ylim=(0, 102))
+    outside(axis)
+
+
+def settings(figure):
+    """The settings at t = 12: a dot for each seed, a dash for their mean."""
+    axis, names = figure.subplots(), SETTINGS_T[12][1].split()
+    for x, name in enumerate(names):
+        for n, shift in ((1, -0.12), (4, 0.12)):
+            y = exact(ends(pattern := f"settings/{name}-t12-s*.jsonl", n))
+            axis.plot([x + shift] * len(y), y, "o", ms=4, mew=0, alpha=0.7, color=COLOURS[n],
+                      label=f"N = {n}" if x == 0 else None)
+            axis.plot(x + shift, sum(y) / len(y), "_", ms=12, color=COLOURS[n])
+    floor_line(axis, pattern)
+    labels = [re.sub(r", | for ", lambda match: match[0].rstrip() + "\n", SETTINGS[name][0])
+              for name in names]
+    axis.set(ylabel="exact, %", ylim=(0, 102), xticks=range(len(names)))
+    axis.set_xticklabels(labels, fontsize=7)
+    outside(axis)
+
+
+def position(figure):
+    """With a vector for the place in the window: by t with four blocks, with two; t = 32."""
+    figure.set_size_inches(7, 5.2)
+    axes = figure.subplot_mosaic([["fig2a", "two-blocks"], ["t32", "t32"]])
+    for name, levels, title in (("fig2a", [*FIG2A], "four blocks"),
+                                ("two-blocks", [8, 10], "two blocks")):
+        axis, pattern = axes[name], f"window-position/{name}/t{{}}-s*.jsonl"
+        for n in (1, 2, 4):
+            band(axis, {t: exact(ends(pattern.format(t), n)) for t in levels}, COLOURS[n],
+                 f"N = {n}", marker="o", ms=3)
+        axis.plot(levels, [100 * ends(pattern.format(t), 1)[0]["floor"] for t in levels],
+                  color="black", lw=0.8, ls="--", label="floor")
+        axis.set(title=f"{title}, 40M tokens", xlabel="t, steps of the automaton", xticks=levels,
+                 ylim=(0, 102))
+    for n in (1, 4):
+        y = exact(ends("settings/base-t10-s*.jsonl", n))
+        axes["fig2a"].plot([10 + n / 10] * len(y), y, "o", ms=3, mfc="none", color=COLOURS[n],
+                           label=f"N = {n}, without")
+    axes["fig2a"].set(ylabel="exact, %")
+    axes["fig2a"].legend(loc="center left", fontsize=7)
+    until_t32(axes["t32"])
+
+
+def until_t32(axis):
+    """The paper's Fig. 2b: t = 32, with what the paper prints after 4 to 5 billion tokens.
+
+    Dotted is the best that can be done from some neighbouring cells.
+    """
+    for name, style in (("t32", {"lw": 0.8}), ("t32-2B", {"lw": 2})):
+        loops, logs = experiment(pattern := f"window-position/{name}/N*.jsonl")
+        billions = logs[0].records[-1]["tokens"] / 1e9
+        for n in loops:
+            against_tokens(axis, pattern, n, f"N = {n}, {billions:.1f} billion tokens", **style)
+    for n, y, label in ((1, 10, "N = 1"), (2, 20, "N = 2"), (4, 30, "N = 3, 4: above")):
+        axis.plot(4500, y, "s", color=COLOURS[n], ms=4)
+        axis.annotate(f"paper, {label}", (4500, y), (6, 2), textcoords="offset points", fontsize=7)
+    floor_line(axis, pattern)
+    answers = truth_table(24, 32, 110)
+    for seen in (16, 20, 22):
+        axis.axhline(y := oracle(answers, seen), color="black", lw=0.5, ls=":")
+        axis.annotate(f"{seen} of 24 cells known", (90000, y), (0, 2), ha="right",
+                      textcoords="offset points", fontsize=7)
+    axis.set(title="t = 32, four blocks", xlabel="training tokens, millions", ylabel="exact, %",
+             xlim=(38, 90000), ylim=(0, 40))
+    axis.set_xscale("log", nonpositive="mask")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    outside(axis, fontsize=7)
+
+
+def truth_table(cells: int, t: int, rule: int) -> np.ndarray:
+    """The first cell after t steps from each of all 2^cells states: uint8 0/1 (2^cells,).
+
+    In state i, cell j is bit j of i. On the way every cell is a table with 64 states in a word, so
+    that a step of all 2^24 states is a few operations on 2 MiB arrays. With fewer than 6 cells the
+    states repeat, to fill a word.
+    """
+    states = np.arange(max(2**cells, 64))
+    tables = [np.packbits(states >> i & 1 == 1).view(np.uint64) for i in range(cells)]
+    for _ in range(t):
+        new = []
+        for i in range(cells):
+            left, here, right = tables[i - 1], tables[i], tables[(i + 1) % cells]
+            new.append(table := np.zeros_like(here))
+            for pattern in range(8):
+                if rule >> pattern & 1:
+                    table |= ((left if pattern & 4 else ~left) & (here if pattern & 2 else ~here)
+                              & (right if pattern & 1 else ~right))
+        tables = new
+    return np.unpackbits(tables[0].view(np.uint8))
+
+
+def oracle(answers: np.ndarray, seen: int) -> float:
+    """Exact accuracy with four states, in %, of the best answers from `seen` neighbouring cells.
+
+    answers (2^cells,) are the right ones. Over all states, and for the best place of those cells on
+    the ring.
+    """
+    cells, right = len(answers).bit_length() - 1, []
+    for i in range(cells):  # the unseen cells begin here; cell j is axis cells - 1 - j
+        unseen = tuple(cells - 1 - (i + j) % cells for j in range(cells - seen))
+        p = answers.reshape((2,) * cells).mean(axis=unseen, dtype=np.float32)
+        right.append(np.maximum(p, 1 - p).mean(dtype=np.float64))
+    return 100 * max(right)**4
+
+
+def speed(figure):
+    """The paper's Fig. 6: throughput against N, and against L for N = 1; dotted is 1 / N."""
+    axes = figure.subplots(1, 2, sharey=True)
+    for colour, log in zip(("black", "tab:purple", "tab:olive"), read("bench/*.jsonl")):
+        rows = [row for row in log.records if "ms" in row]
+        by_N = {row["loops"]: row["tokens_per_s"] for row in rows
+                if row["window"] == rows[0]["window"]}
+        by_L = {row["window"]: row["tokens_per_s"] for row in rows if row["loops"] == 1}
+        axes[0].plot(by_N.keys(), [by_N[1] / n for n in by_N], color=colour, lw=0.8, ls=":")
+        for axis, points, label in ((axes[0], by_N, f"N (L = {rows[0]['window']})"),
+                                    (axes[1], by_L, "L, tokens (N = 1)")):
+            axis.plot(*zip(*sorted(points.items())), "o-", ms=3, color=colour,
+                      label=card(log.header))
+            axis.set(xscale="log", yscale="log", xlabel=label, xticks=[*points])
+            axis.xaxis.set_major_formatter("{x:.0f}")
+            axis.minorticks_off()
+    axes[0].set(ylabel="training tokens/s")
+    outside(axes[1])
+
+
+def draw(folder: Path):
+    """The figures of all logs that are here, into folder. Takes matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    look = {"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
+            "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    for make in (laptop, settings, position, *[speed] * bool(read("bench/*.jsonl"))):
+        with matplotlib.rc_context(look):
+            make(figure := Figure(figsize=(7, 2.8), layout="constrained"))
+            figure.savefig(svg := io.BytesIO(), format="svg",
+                           metadata={"Date": None, "Creator": None})
+        path = folder / f"{make.__name__}.svg"
+        if not path.exists() or path.read_bytes() != svg.getvalue():
+            train.write(path, svg.getvalue())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = train.Parser(prog="render.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; print what would change, and exit with 1 if it would")
+    check = parser.parse_args(argv).check
+    stale = {path: text for path, text in rendered().items() if path.read_text() != text}
+    for path, text in stale.items():
+        if check:
+            name = str(path.relative_to(ROOT))
+            print("\n".join(difflib.unified_diff(
+                path.read_text().splitlines(), text.splitlines(), name, name, n=0, lineterm="")))
+        else:
+            train.write(path, text.encode())
+    if check:
+        return int(bool(stale))
+    if find_spec("matplotlib"):
+        draw(HERE)
+    else:
+        print("The figures are not drawn: there is no matplotlib here.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
