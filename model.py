@@ -86,10 +86,16 @@ class Config:
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of "
                                  + ", ".join(valid))
-        self.loop_blocks = i, j = self.loop_blocks or (0, len(self.layout))
+        i, j = self.core
         if not 0 <= i < j <= len(self.layout):
             raise ValueError(f"loop_blocks {i}:{j}: must be i:j with 0 <= i < j <= "
                              f"{len(self.layout)}, the number of blocks")
+
+    @property
+    def core(self) -> tuple[int, int]:
+        """i, j: the blocks i to j - 1 are looped."""
+        i, j = self.loop_blocks or (0, len(self.layout))
+        return i, j
 
     @property
     def keep(self) -> int | None:
@@ -100,6 +106,7 @@ class Config:
 # -------------------------------------------------------------------------- the two sequence mixers
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve a training step as well
 def _rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
     frequency = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=dtype, device=device) / size)
     angle = torch.arange(length, dtype=dtype, device=device)[:, None, None] * frequency
@@ -348,14 +355,22 @@ class Hybrid(nn.Module):
         first window then looks like the others."""
         c, parameter = self.config, self.out.weight
         size = c.d_model // c.n_head  # Differs: V = K
-        S = tuple(None if kind == "a" else parameter.new_zeros(
-            batch_size, c.n_head, size, size, requires_grad=torch.is_grad_enabled())
-            for kind in c.layout)
+        S = tuple(None if kind == "a" else torch.zeros(
+            batch_size, c.n_head, size, size, device=parameter.device,
+            dtype=torch.promote_types(parameter.dtype, torch.float32),
+            requires_grad=torch.is_grad_enabled()) for kind in c.layout)
         return Memory((None,) * len(c.layout), S)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) -> h (B, L, d). A product: the gradient of a lookup would have to sort."""
-        h = F.one_hot(tokens, len(self.embedding)).to(self.embedding.dtype) @ self.embedding
+        """tokens (B, L) -> h (B, L, d). A product: the gradient of a lookup would have to sort.
+
+        Raises ValueError if tokens are no whole numbers.
+        """
+        if tokens.is_floating_point() or tokens.ndim != 2:
+            raise ValueError(f"tokens {tuple(tokens.shape)}, {tokens.dtype}: must be whole numbers "
+                             "(B, L)")
+        one_hot = F.one_hot(tokens.long(), len(self.embedding))
+        h = one_hot.to(self.embedding.dtype) @ self.embedding
         return h if self.position is None else h + self.position[:tokens.shape[1]]
 
     def blocks(self, h: Tensor, memory: Memory, start: int, stop: int,
@@ -383,8 +398,12 @@ def update(rule: str, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
     """RULES[rule] in the layers' layout, a long window in pieces, which changes nothing.
 
     qkv (B, L, 3, H, K), log_alpha, beta (B, L, H), S (B, H, V, K) -> o (B, L, H, V) and the S after
-    the window.
+    the window. Raises ValueError if the sizes do not match.
     """
+    B, L, _, H, K = qkv.shape
+    if not log_alpha.shape == beta.shape == (B, L, H) or S.shape != (B, H, K, K):
+        raise ValueError(f"S {tuple(S.shape)}: must be of {B} sequences, {H} heads and keys of {K},"
+                         f" as q, k and v are, {tuple(qkv.shape)}, with an alpha and beta for each")
     run, pieces = form(rule, qkv), -(-qkv.shape[1] // PIECE)
     if pieces == 1:
         return run(qkv, log_alpha, beta, S)
@@ -404,7 +423,8 @@ def form(rule: str, qkv: Tensor):
 
 def plain_form(rule, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
     q, k, v = (x.to(S.dtype).transpose(1, 2).contiguous() for x in qkv.unbind(2))  # (B, H, L, K)
-    o, S = rule(q, k, v, log_alpha.mT, beta.mT, S)
+    with torch.autocast(S.device.type, enabled=False):  # a triangular solve takes no half precision
+        o, S = rule(q, k, v, log_alpha.to(S.dtype).mT, beta.to(S.dtype).mT, S)
     return o.transpose(1, 2).to(qkv.dtype), S
 
 

@@ -30,11 +30,11 @@ def passes(model: Hybrid, tokens: Tensor, memory: Memory, loops: int,
     memory is what held before the window. h and S go on from pass to pass; keys and values are made
     anew in each, beside those kept from earlier windows. Only the blocks i to j - 1 of loop_blocks,
     by default all, are looped; those before and after them run once. need_h = False saves the last
-    block the work on a last h that nobody needs; it is None then. Raises ValueError if loops < 1.
+    block the work on a last h that nobody needs; it is None then. Raises ValueError if loops is no
+    whole number from 1 on.
     """
-    if loops < 1:
-        raise ValueError(f"loops {loops}: must be at least 1")
-    c, (i, j), end = model.config, model.config.loop_blocks, len(model.config.layout)
+    check_loops(loops)
+    c, (i, j), end = model.config, model.config.core, len(model.config.layout)
     first, prelude = model.blocks(model.embed(tokens), memory, 0, i)  # nothing more, by default
     h, after = first, prelude
     for n in range(loops):
@@ -43,6 +43,11 @@ def passes(model: Hybrid, tokens: Tensor, memory: Memory, loops: int,
         h, after = model.blocks(h, Memory(prelude.cache, S), i, j,  # Eq. (6)
                                 need_h or n < loops - 1 or j < end)
     return model.blocks(h, after, j, end, need_h)                     # nothing, by default
+
+
+def check_loops(loops: int):
+    if not isinstance(loops, int) or loops < 1:
+        raise ValueError(f"loops {loops}: must be a whole number, at least 1")
 
 
 def wake(model: Hybrid, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple[Tensor, Memory]:
@@ -136,27 +141,34 @@ class Stream:
     tokens and two memories, the provisional one and that of the window's start: bounded, however
     long the text, unless nothing is ever evicted. The logits are those of `algorithm1` to rounding
     as long as only the last window is scored: training only wakes for a scored window in the
-    middle, while a stream, which cannot know, also sleeps on it. Raises ValueError if loops < 1, if
-    the model spends its passes awake, where each would need a cache of its own, or if it has
-    positions in the window, which a token by itself does not tell.
+    middle, while a stream, which cannot know, also sleeps on it. Raises ValueError if loops or
+    batch_size is less than 1, if the model spends its passes awake, where each would need a cache
+    of its own, or if it has positions in the window, which a token by itself does not tell.
     """
 
     def __init__(self, model: Hybrid, loops: int, batch_size: int = 1):
-        if loops < 1:
-            raise ValueError(f"loops {loops}: must be at least 1")
+        check_loops(loops)
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: must be at least 1")
         if model.config.sleep_at == "wake" and loops > 1:
             raise ValueError(f"loops {loops}: must be 1 to stream a model with sleep_at wake")
         if model.config.position != "none":
             raise ValueError(f"position {model.config.position}: must be none to stream")
-        self.model, self.loops = model, loops
+        self.model, self.loops, self.batch_size = model, loops, batch_size
         with torch.no_grad():  # start: when the window began
             self.start = self.memory = model.empty_memory(batch_size)
         self.window: list[Tensor] = []  # its tokens so far, each (B,)
 
     @torch.no_grad()
     def feed(self, token: Tensor) -> Tensor:
-        """token (B,) -> logits (B, vocabulary) for the next one; sleeps if the window is full."""
-        keep = self.model.config.keep
+        """token (B,) -> logits (B, vocabulary) for the next one; sleeps if the window is full.
+
+        Raises ValueError if it is not batch_size tokens of the vocabulary.
+        """
+        keep, words = self.model.config.keep, self.model.config.vocab_size
+        if token.shape != (self.batch_size,) or not ((0 <= token) & (token < words)).all():
+            raise ValueError(f"token {token.tolist()}: must be (batch_size,) = ({self.batch_size},)"
+                             f" whole numbers from 0 to {words - 1}")
         logits, self.memory = wake(self.model, token[:, None], self.memory)
         if keep:  # a sliding window slides with every token
             self.memory = evict(self.memory, keep)

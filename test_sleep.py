@@ -14,7 +14,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -164,7 +167,7 @@ def literal_algorithm1(model, tokens, targets, loops):
     c, L, B, H = model.config, model.config.window, len(tokens), model.config.n_head
     zero = torch.zeros(B, H, c.d_model // H, c.d_model // H).double()
     S, past = [None if kind == "a" else zero for kind in c.layout], [None] * len(c.layout)
-    losses, (i, j) = [], c.loop_blocks
+    losses, (i, j) = [], c.core
     while tokens.shape[1]:
         window, scored = tokens[:, :L], targets[:, :L]
         tokens, targets = tokens[:, L:], targets[:, L:]
@@ -1046,14 +1049,16 @@ def test_ctrl_c_twice_stops_at_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("train.py: stopped at once")
 
 
-def test_ctrl_c_after_the_end_changes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("when, code", [("print_facts", 130), ("batches", 0)])
+def test_ctrl_c_after_the_end_changes_nothing(tmp_path, monkeypatch, when, code):
     """Guards a finished run that is resumed and stopped: its log and checkpoints stay."""
     folder = tmp_path / "run"
     arguments = [*TINY, "--steps", "2", "--loops", "1,2", "--out", str(folder)]
     assert train.main(arguments) == 0
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(train, "print_facts", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    assert train.main(["--resume", str(folder)]) == 0
+    once = iter([signal.SIGINT])
+    monkeypatch.setattr(train, when, lambda *_: os.kill(os.getpid(), next(once, 0)))
+    assert train.main(["--resume", str(folder)]) == code
     assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -1126,11 +1131,10 @@ def test_write_leaves_no_half_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
 
-    def dying(temporary, data):
-        temporary.write_text("ne")
+    def dying(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_bytes", dying)
+    monkeypatch.setattr(os, "fsync", dying)
     with pytest.raises(KeyboardInterrupt):
         train.write(path, b"new")
     assert path.read_text() == "old"
@@ -1198,11 +1202,11 @@ def test_inserted_memories_start_as_the_identity(tmp_path, capsys):
     options = f"--layout ama --loops 2 --eviction sliding --init {grafted}"
     _, both = run_of(tmp_path, "both", options)
     assert len(both) == 2
-    (looped / "N2.pt").unlink()  # a run goes on without the one that it came from
-    assert train.main(["--resume", str(grafted)]) == 0
-    (grafted / "N2.pt").unlink()  # but for one that was stopped before its first checkpoint
+    (looped / "N2.pt").unlink()  # a run goes on without the one that it came from,
+    (grafted / "N2.pt").unlink()  # even before its first checkpoint
     (grafted / "log.jsonl").write_text((grafted / "log.jsonl").read_text().splitlines()[0])
-    assert f"--init {looped}" in refused(capsys, ["--resume", str(grafted)])
+    assert train.main(["--resume", str(grafted)]) == 0
+    assert same_weights(weights_of(grafted, 2), new)
 
 
 def test_init_that_does_not_fit(tmp_path, capsys):
@@ -1620,6 +1624,7 @@ def refused(capsys, arguments):
 
 @pytest.mark.parametrize("flag, value", [
     ("--loops", "0"), ("--loops", "-1"), ("--loops", "a,b"), ("--loops", "2,2"), ("--loops", ""),
+    ("--loops", "2147483647"), ("--eval_loops", "1025"),
     ("--t", "-1"), ("--t", "x"), ("--cells", "2"), ("--states", "0"), ("--automaton", "256"),
     ("--rule", "mamba3"), ("--nodes", "9"), ("--loop_blocks", "1:3"), ("--loop_blocks", "1"),
     ("--loop_blocks", "1:1"), ("--loops_schedule", "1,4"), ("--init", ""), ("--eviction", "soft"),
@@ -1729,7 +1734,182 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
     assert all(x.isfinite().all() for x in weights_of(tmp_path, 1).values())
 
 
-# ----------------------------------------------------------------------------------- 12. the README
+# ------------------------------------------------------------------- 12. what a user might also do
+
+def test_killed_at_any_moment_a_run_ends_where_it_would_have(tmp_path):
+    """Guards the files against SIGKILL, writing included: on with the same command, bitwise."""
+    start, _ = run_of(tmp_path, "start", "--loops 1")
+    base = [*TINY, *"--steps 120 --eval_every 2 --loops 1,2 --seed 4".split(), f"--init={start}"]
+    assert train.main([*base, f"--out={tmp_path / 'whole'}"]) == 0
+    line = [sys.executable, HERE / "train.py", *base, f"--out={tmp_path / 'cut'}"]
+    codes, chance = [], random.Random(0)
+    while codes.count(-signal.SIGKILL) < 2:
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+            for _ in range(chance.randrange(1, 12)):  # lines read before it dies
+                process.stdout.readline()
+            time.sleep(chance.uniform(0, 0.02))
+            process.kill()
+        codes.append(process.returncode)
+        (start / "N1.pt").unlink(missing_ok=True)  # what it started from is not needed again
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+    assert lines_of(tmp_path / "cut")[1:] == lines_of(tmp_path / "whole")[1:]
+    for loops in (1, 2):
+        assert same_weights(*(weights_of(tmp_path / name, loops) for name in ("cut", "whole")))
+
+
+def test_lines_arrive_and_sigterm_saves(tmp_path):
+    """Guards output that waits in a buffer, and a run that a queue ends with SIGTERM."""
+    environment = {x: y for x, y in os.environ.items() if x != "PYTHONUNBUFFERED"}
+    options = f"--steps 100000 --eval_every 5 --loops 1 --out {tmp_path / 'run'}".split()
+    with subprocess.Popen([sys.executable, HERE / "train.py", *TINY, *options], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=environment) as process:
+        while "step     10" not in process.stdout.readline():
+            assert process.poll() is None
+        process.terminate()
+        assert "--resume" in process.communicate(timeout=60)[1] and process.returncode == 130
+    saved = torch.load(tmp_path / "run/N1.pt", weights_only=True)
+    assert saved["step"] >= 10 and len(lines_of(tmp_path / "run")) == 2 + saved["step"] // 5
+
+
+def test_a_folder_is_one_run_s(tmp_path, capsys):
+    """Guards a log against two writers: the second is refused before it writes anything."""
+    folder, _ = run_of(tmp_path, "run", "--loops 1")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with train.locked(folder):
+        for arguments in ([*TINY, "--out", str(folder)], ["--resume", str(folder)]):
+            assert "in use" in refused(capsys, arguments)
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert train.main(["--resume", str(folder)]) == 0
+
+
+def test_signals_of_others_are_left_alone(tmp_path, monkeypatch):
+    """Guards notebooks, whose threads may not ask for signals, and a parent's ignored SIGINT."""
+    codes, seen = [], []
+    arguments = [*TINY, "--steps", "1", "--loops", "1", "--out"]
+    thread = threading.Thread(target=lambda: codes.append(
+        train.main([*arguments, str(tmp_path / "thread")])))
+    thread.start()
+    thread.join()
+    monkeypatch.setattr(train, "lr_factor", lambda *_: seen.append(
+        signal.getsignal(signal.SIGINT)) or 1.0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    codes.append(train.main([*arguments, str(tmp_path / "ignored")]))
+    assert codes == [0, 0] and seen == [signal.SIG_IGN] == [signal.getsignal(signal.SIGINT)]
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+    """Guards results on a read-only disk: --resume shows their table."""
+    folder, _ = run_of(tmp_path, "run", "--loops 1,2")
+    capsys.readouterr()
+    monkeypatch.setattr(train, "write", lambda *_: 1 / 0)
+    assert train.main(["--resume", str(folder)]) == 0
+    assert "token passes" in capsys.readouterr().out
+
+
+def test_the_facts_come_first(tmp_path, monkeypatch, capsys):
+    """Guards silence: what takes long comes after the first lines, and Ctrl-C ends it at once."""
+    monkeypatch.setattr(train, "floor", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert train.main([*TINY, "--out", str(tmp_path / "run")]) == 130
+    out, err = capsys.readouterr()
+    assert out.startswith("task") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, named", [
+    (RuntimeError("Failed to find C compiler. Please specify via CC"), "no C compiler"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory")])
+def test_what_the_machine_lacks_is_one_line(tmp_path, monkeypatch, capsys, error, named):
+    """Guards a traceback from deep inside torch or Triton."""
+    monkeypatch.setattr(train, "train_model", lambda *_: (_ for _ in ()).throw(error))
+    assert named in refused(capsys, [*TINY, "--out", str(tmp_path / "run")])
+
+
+def test_the_commit_is_this_repository_s(tmp_path, monkeypatch):
+    """Guards a copy without .git in another repository: that one's commit says nothing."""
+    subprocess.run("git init -q && git -c user.name=a -c user.email=b commit -q --allow-empty -m c",
+                   shell=True, check=True, cwd=tmp_path)
+    monkeypatch.delenv("COMMIT", raising=False)
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    assert train.make_header([], {"device": "cpu"})["commit"] == "unknown"
+
+
+def test_help_without_docstrings(monkeypatch):
+    """Guards `python -OO`, which has none."""
+    monkeypatch.setattr(train, "__doc__", None)
+    assert "--loops" in train.get_parser().format_help()
+
+
+# --------------------------------------------------------------------------- 13. use as a library
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad,
+                                  lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_use_then_training(mode):
+    """Guards what outlives a call: tables that were made where nothing has gradients."""
+    model, (tokens, targets) = hybrid("as", window=7, dtype="float32"), sequences(window=7)
+    with mode():
+        stream = Stream(model, 2, batch_size=2)
+        assert all(stream.feed(token).isfinite().all() for token in tokens.T)
+        assert algorithm1(model, tokens, targets, 2)[0].isfinite()
+    model_file._rotation.cache_clear()
+    with mode():
+        wake(model, tokens[:, :7], model.empty_memory(2))
+    algorithm1(model, tokens, targets, 2)[0].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("default", [False, True])
+def test_parameters_of_half_precision(dtype, default):
+    """Guards model.half(): S and its triangular solve stay in float32."""
+    torch.set_default_dtype(dtype if default else torch.float32)
+    try:
+        model = Hybrid(Config(3, 5, "as", 16, 2)).to(dtype)
+        tokens, targets = sequences()
+        loss = algorithm1(model, tokens, targets, 2)[0]
+        loss.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.isfinite() and model.empty_memory(2).S[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("make, token, named", [
+    ({}, [0, 1, 2], "token"), ({"batch_size": 2}, [0], "token"), ({}, [0.0], "tokens"),
+    ({}, [3], "token"), ({}, [-1], "token"), ({"loops": 1.5}, [0], "loops 1.5"),
+    ({"batch_size": 0}, [], "batch_size 0")])
+def test_stream_refuses_other_tokens(make, token, named):
+    """Guards shapes that broadcast on a CPU and write beyond S on a GPU, and unknown words."""
+    with pytest.raises(ValueError, match=rf"^{named}.*: must be"):
+        Stream(hybrid(), **{"loops": 2} | make).feed(torch.tensor(token))
+
+
+def test_a_memory_of_another_batch_is_refused():
+    """Guards the same below the stream, before a kernel is reached."""
+    model = hybrid()
+    with pytest.raises(ValueError, match="^S .*: must be of 3 sequences"):
+        wake(model, torch.zeros(3, 2).long(), model.empty_memory(1))
+
+
+def test_a_frozen_block_stays():
+    """Guards a parameter without a gradient: skipped, as torch's own optimizers do."""
+    model, (tokens, targets) = hybrid("as"), sequences()
+    optimizers = train.make_optimizers(model, 0.1, 0.1)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    model.layers[0].requires_grad_(False)
+    algorithm1(model, tokens, targets, 1)[0].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name]) == name.startswith("layers.0."), name
+
+
+def test_a_copied_config_means_the_same():
+    """Guards dataclasses.replace: all blocks are looped, also of another layout."""
+    config = replace(Config(3, 5, "asas"), layout="as")
+    assert config.core == (0, 2) and replace(config, layout="asasas").core == (0, 6)
+
+
+# ----------------------------------------------------------------------------------- 14. the README
 
 README = (HERE / "README.md").read_text()
 

@@ -7,6 +7,7 @@ evaluation) and a checkpoint for each N; --resume DIR goes on exactly where it s
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import inspect
 import io
@@ -52,6 +53,7 @@ TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults 
 TRAIN, EVAL, PASSES = 0, 1, 2  # streams of random numbers
 CHUNK = 64          # training batches drawn in one call
 MOST = 2**31 - 1    # as an option's value
+MOST_PASSES = 1024  # of one sleep: a step takes that many times as long, and as much memory
 UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError,
               pickle.UnpicklingError)  # what reading a damaged checkpoint raises
 CHECK_EVERY = 10    # steps between looks at the loss, each of which waits for the device
@@ -60,6 +62,7 @@ FAST = {"eager": "a step as written; a CPU would gain nothing from more",
         "compile": "blocks compiled, a step recorded once and replayed; for a long run"}
 LONG = 8e14         # parameters x token passes of a run that earns it
 PAPER = {"layout": "asas", "d_model": 256, "cells": 24, "states": 4, "batch": 512, "steps": 782}
+START = "start.pt"  # what --init gave, kept in the run's folder
 LEFT_OUT = "out", "resume", "paper"  # of a run's configuration
 
 
@@ -86,15 +89,19 @@ def whole(low: int = -MOST):
 
 
 positive = checked(float, lambda x: 0 < x < math.inf, "a number above 0")
-several = checked(lambda text: [*map(int, text.split(","))],
-                  lambda x: 1 <= min(x) and max(x) <= MOST and len(set(x)) == len(x),
-                  "whole numbers, at least 1, with commas between them and none of them twice")
+def several(most: int):
+    return checked(lambda text: [*map(int, text.split(","))],
+                   lambda x: 1 <= min(x) and max(x) <= most and len(set(x)) == len(x),
+                   f"whole numbers from 1 to {most}, commas between them, none of them twice")
+
+
 span = checked(lambda text: [*map(int, text.split(":"))], lambda x: len(x) == 2,
                "i:j, two whole numbers")
+passes = several(MOST_PASSES)
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="train.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
+    p = Parser(prog="train.py", allow_abbrev=False, description=(__doc__ or "").split("\n\n")[0],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = p.add_argument_group("task", "python data.py shows an example of each")
     add, yes_or_no = group.add_argument, argparse.BooleanOptionalAction
@@ -119,7 +126,7 @@ def get_parser() -> argparse.ArgumentParser:
              "name; such a model does not stream")
 
     add = p.add_argument_group("sleep").add_argument
-    add("--loops", type=several, default="1,2", metavar="N[,N...]",
+    add("--loops", type=passes, default="1,2", metavar="N[,N...]",
         help="passes over each window asleep; a list trains one model for each")
     add("--window", type=whole(), metavar="L",
         help="tokens between evictions of the cache; None: the task's own")
@@ -134,11 +141,11 @@ def get_parser() -> argparse.ArgumentParser:
         help="a pass starts from the S of the one before, or from the window's")
     add("--sleep_at", choices=CHOICES["sleep_at"], default="sleep",
         help="wake: spend the N passes in the scored windows instead")
-    add("--loops_schedule", type=several, metavar="N[,N...]",
+    add("--loops_schedule", type=passes, metavar="N[,N...]",
         help="train with these passes in equal parts of the run; None: N throughout")
     add("--loops_random", action=yes_or_no, default=False,
         help="take one of --loops_schedule at random in each step instead")
-    add("--eval_loops", type=several, metavar="N[,N...]",
+    add("--eval_loops", type=passes, metavar="N[,N...]",
         help="at the end, evaluate with other numbers of passes as well")
 
     add = p.add_argument_group("training").add_argument
@@ -146,7 +153,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch", type=whole(1), default=32, help="sequences a step (the paper: 512)")
     add("--muon_lr", type=positive, default=4e-3, help="rate of Muon, for the blocks' matrices")
     add("--lr", type=positive, default=1e-3, help="rate of AdamW, for all other parameters")
-    add("--curriculum", type=several, metavar="LEVEL[,LEVEL...]",
+    add("--curriculum", type=several(MOST), metavar="LEVEL[,LEVEL...]",
         help="train on these levels (t, hops or operations) in equal parts of the run; None: on "
              "the task's own mixture")
     add("--init", metavar="DIR",
@@ -218,8 +225,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for shape in sorted({p.shape[1:] for p in group["params"]}):
-                params = [p for p in group["params"] if p.shape[1:] == shape]
+            trained = [p for p in group["params"] if p.grad is not None]
+            for shape in sorted({p.shape[1:] for p in trained}):
+                params = [p for p in trained if p.shape[1:] == shape]
                 grads = [p.grad for p in params]
                 means = [self.state[p]["mean"] for p in params]
                 torch._foreach_lerp_(means, grads, 1 - group["momentum"])
@@ -377,7 +385,8 @@ def draw_held_out(task, options: argparse.Namespace) -> dict[int, tuple[Tensor, 
     levels = levels_of(task, options)
     size = -(-options.eval_size // len(levels))
     return {level: (*task.batch(size, generator(0, EVAL, i, options.device), "held-out", level),
-                    floor(task, level)) for i, level in enumerate(levels)}
+                    floor(task, level))
+            for i, level in enumerate(tqdm(levels, "held-out", disable=None, leave=False))}
 
 
 def evaluate_levels(model: Hybrid, held_out: dict, loops: int, windows: list[Window]) -> dict:
@@ -394,23 +403,50 @@ def evaluate_levels(model: Hybrid, held_out: dict, loops: int, windows: list[Win
 def write(path: Path, data: bytes):
     """To a temporary file, then rename: path holds the old file or the new one, never half."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut could leave the name without the data
     os.replace(temporary, path)
+
+
+def as_file(state: dict) -> bytes:
+    torch.save(state, buffer := io.BytesIO())  # into a file it would hide why writing failed
+    return buffer.getvalue()
 
 
 def write_log(folder: Path, header: dict, records: list[dict]):
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in [header, *records])
-    write(folder / "log.jsonl", text.encode())
+    path = folder / "log.jsonl"
+    if not path.exists() or path.read_text() != text:  # else the folder may be read-only
+        write(path, text.encode())
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """A context in which no other process trains in this folder. The lock ends with its owner,
+    however that ends, and leaves no file. Raises Halt if another one has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Halt(2, f"error: {folder}: must not be in use, another process trains in it") \
+                from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def make_header(argv: list[str], options: dict) -> dict:
     """First line of the log: what it takes to get the same numbers again."""
-    try:
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-        commit = subprocess.run(describe, cwd=Path(__file__).parent, text=True,
-                                capture_output=True).stdout.strip()
-    except OSError:  # no git
-        commit = ""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, text=True,
+                              capture_output=True)
+    commit = ""
+    with contextlib.suppress(OSError):  # no git; or a copy inside another repository
+        if git("ls-files", "--error-unmatch", Path(__file__).name).returncode == 0:
+            commit = git("describe", "--always", "--dirty", "--abbrev=10").stdout.strip()
     hardware = (torch.cuda.get_device_name() if options["device"] == "cuda"
                 else f"CPU, {torch.get_num_threads()} threads")
     return {"command": shlex.join(["python", "train.py", *argv]),
@@ -453,6 +489,15 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
     return header
 
 
+def read_checkpoint(path: Path, device: str, config: dict, loops: int | None) -> dict:
+    """What as_file made, of this very run. Raises Halt if it is something else."""
+    with reading(path):
+        saved = torch.load(path, map_location=device, weights_only=True)
+        if (saved["config"], saved["loops"]) != (config, loops):
+            raise ValueError
+        return saved
+
+
 @contextlib.contextmanager
 def reading(path: Path):
     """A context in which a checkpoint that is damaged or of another run ends this one."""
@@ -471,13 +516,12 @@ class Halt(Exception):
         self.code = code
 
 
-def initialize(model: Hybrid, options: dict) -> list[str] | None:
-    """Weights from the checkpoint of --init -> names of the parameters that it lacks.
+def read_init(options: dict) -> bytes:
+    """The start that --init asks for, as a file: weights, and the names of those it lacks.
 
     It may lack m blocks: they keep their start, the identity. Raises Halt if it does not fit.
     """
-    if options["init"] is None:
-        return None
+    _, model = build(options)
     path, new = Path(options["init"]), model.config.layout
     if path.is_dir() and len(found := list(path.glob("N*.pt"))) == 1:
         path = found[0]
@@ -503,7 +547,7 @@ def initialize(model: Hybrid, options: dict) -> list[str] | None:
                       "layout, m blocks aside") from None
     if options["train"] == "new" and not fresh:
         raise Halt(2, f"error: --train new: must come with m blocks in --layout that {path} lacks")
-    return fresh
+    return as_file({"config": options, "loops": None, "model": model.state_dict(), "fresh": fresh})
 
 
 def build(options: dict):
@@ -595,17 +639,22 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
         return argparse.Namespace(**header["config"]), resume, header
 
     settle(parser, options)
-    initialize(build(options)[1], options)  # only to see whether it fits
+    begun = out and (out / "log.jsonl").exists()
+    start = read_init(options) if options["init"] is not None and not begun else None
     header = make_header(argv, options)
     try:
         out = out or new_folder(options["task"])
         out.mkdir(parents=True, exist_ok=True)
-        if any(path.suffix != ".tmp" for path in out.iterdir()):
-            header = read_header(parser, "--out", out)
-            if header["config"] != options:
-                parser.error(f"--out {out}: has a run of another configuration; give a new folder")
-        else:
-            write_log(out, header, [])
+        with locked(out):
+            if any(path.suffix != ".tmp" and path.name != START for path in out.iterdir()):
+                header = read_header(parser, "--out", out)
+                if header["config"] != options:
+                    parser.error(f"--out {out}: has a run of another configuration; give a new "
+                                 "folder")
+            else:
+                if start:  # read once: what becomes of it later does not change the run
+                    write(out / START, start)
+                write_log(out, header, [])
     except OSError as error:
         parser.error(f"--out {error.filename}: {error.strerror}; must be a folder that can be made")
     return argparse.Namespace(**options), out, header
@@ -626,7 +675,7 @@ def windows_of(task, length: int) -> list[Window]:
 
 def passes_over(windows: list[Window], loops: int, config: Config) -> float:
     """Tokens times passes over all blocks, in one sequence: what N costs."""
-    i, j = config.loop_blocks
+    i, j = config.core
     more = (loops - 1) * (j - i) / len(config.layout)
     return sum((stop - start) * (1 + more * (scored == (config.sleep_at == "wake")))
                for start, stop, scored in windows)
@@ -647,41 +696,38 @@ class Run:
         self.checkpoint = folder / f"N{loops}.pt"
         self.task, self.model = build(vars(options))
         self.windows = windows_of(self.task, self.model.config.window)
-        saved = self.read() if self.checkpoint.exists() else None
-        self.fresh = saved["fresh"] if saved else initialize(self.model, vars(options))
+        saved = self.checkpoint.exists()
+        start = {"fresh": None}
+        if saved or options.init is not None:
+            path = self.checkpoint if saved else folder / START
+            start = read_checkpoint(path, options.device, header["config"], loops if saved else None)
+        self.fresh = start["fresh"]  # names of parameters that --init lacks
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(options.train == "all" or name in self.fresh)
         self.model.to(options.device)
         self.optimizers = make_optimizers(self.model, options.muon_lr, options.lr)
-        if saved:
-            with reading(self.checkpoint):
-                self.model.load_state_dict(saved["model"])
-                for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+        with reading(self.checkpoint):
+            if "model" in start:
+                self.model.load_state_dict(start["model"])
+            if saved:
+                for optimizer, state in zip(self.optimizers, start["optimizers"], strict=True):
                     optimizer.load_state_dict(state)
                 self.step, self.token_passes, self.records, seconds = (
-                    saved[name] for name in ("step", "token_passes", "records", "seconds"))
-            log.extend(self.records)
-        self.began = time.time() - seconds
+                    start[name] for name in ("step", "token_passes", "records", "seconds"))
+        log.extend(self.records)
+        self.began = time.monotonic() - seconds
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in self.groups:
             group["lr"] = torch.zeros((), device=options.device)  # a captured step reads it there
-
-    def read(self) -> dict:
-        with reading(self.checkpoint):
-            saved = torch.load(self.checkpoint, map_location=self.options.device, weights_only=True)
-            if (saved["config"], saved["loops"]) != (self.header["config"], self.loops):
-                raise ValueError
-            return saved
 
     def save(self):
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             self.diverged(self.step)
         state = {"config": self.header["config"], "loops": self.loops, "fresh": self.fresh,
                  "step": self.step, "token_passes": self.token_passes, "records": self.records,
-                 "seconds": time.time() - self.began, "model": self.model.state_dict(),
+                 "seconds": time.monotonic() - self.began, "model": self.model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        torch.save(state, buffer := io.BytesIO())  # into a file it would hide why it failed
-        write(self.checkpoint, buffer.getvalue())
+        write(self.checkpoint, as_file(state))
         write_log(self.folder, self.header, self.log)
 
     def diverged(self, step: int):
@@ -716,7 +762,7 @@ class Run:
         record = {"loops": self.loops, "step": self.step,
                   "tokens": self.step * options.batch * self.task.length,
                   "token_passes": self.token_passes, "train_loss": self.train_loss,
-                  **scores[self.loops], "seconds": round(time.time() - self.began, 2)}
+                  **scores[self.loops], "seconds": round(time.monotonic() - self.began, 2)}
         if others:
             record["eval_loops"] = {n: scores[n] for n in others
                                     if math.isfinite(scores[n]["loss"])}
@@ -725,6 +771,7 @@ class Run:
         self.records.append(record)
         self.log.append(record)
         tqdm.write(line(record))
+        sys.stdout.flush()
         self.save()
 
 
@@ -773,14 +820,12 @@ def line(record: dict) -> str:
     return text
 
 
-def print_facts(options: argparse.Namespace, folder: Path, header: dict, held_out: dict):
+def print_facts(options: argparse.Namespace, folder: Path, header: dict):
     task, model = build(vars(options))
     c, tokens = model.config, options.batch * task.length
     why = {("cpu", "float32"): "bfloat16 is slow there", ("cuda", "bfloat16"): "for tensor cores"}
     why = why.get((options.device, options.dtype), "as asked")
-    guessed = sum(floor for *_, floor in held_out.values()) / len(held_out)
     print(f"task    {task.title()}\n"
-          f"        always the same answer is {guessed:.2%} exact: the floor\n"
           f"model   {c.layout}, d = {c.d_model}, {c.n_head} heads, L = {c.window}: "
           f"{parameters_of(model):,} parameters\n"
           f"run     N = {', '.join(map(str, options.loops))}, seed {options.seed}, "
@@ -803,41 +848,70 @@ def print_table(log: list[dict]):
               "{token_passes:14.2e}".format(**record))
 
 
-def main(argv: list[str] | None = None) -> int:
-    log, stop = [], threading.Event()
+@contextlib.contextmanager
+def gentle_signals():
+    """A context with an event that the first Ctrl-C or SIGTERM sets, so that the step in progress
+    can end; the second acts as it did before. What the parent process ignores stays ignored."""
+    stop, before = threading.Event(), {}
 
-    def interrupt(*_):  # the first Ctrl-C lets the step in progress end; the second does not
+    def note(*_):
         stop.set()
-        signal.signal(signal.SIGINT, default)
+        restore()
 
-    default = signal.signal(signal.SIGINT, interrupt)
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():  # no other thread may ask for signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, note)
     try:
-        options, folder, header = open_run(sys.argv[1:] if argv is None else argv)
-        held_out = draw_held_out(build(vars(options))[0], options)
-        print_facts(options, folder, header, held_out)
+        yield stop
+    finally:
+        restore()
+
+
+def run(options: argparse.Namespace, folder: Path, header: dict):
+    """Every N of --loops, one after the other."""
+    log = []
+    print_facts(options, folder, header)
+    held_out = draw_held_out(build(vars(options))[0], options)
+    guessed = sum(floor for *_, floor in held_out.values()) / len(held_out)
+    print(f"floor   always the same answer is {guessed:.2%} exact: the floor", flush=True)
+    with gentle_signals() as stop:
         for loops in options.loops:
             train_model(Run(loops, options, folder, header, held_out, log), stop)
-        write_log(folder, header, log)
-        print_table(log)
+    write_log(folder, header, log)
+    print_table(log)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        options, folder, header = open_run(sys.argv[1:] if argv is None else argv)
+        with locked(folder):
+            run(options, folder, header)
         return 0
     except Halt as halt:
         print(f"train.py: {halt}", file=sys.stderr)
         return halt.code
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) \
-                and "allocate memory" not in str(error):
-            raise
-        print("train.py: error: not enough memory for this --batch, --eval_size, model or task; "
-              "smaller ones must do", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("train.py: stopped at once; what was saved before stands", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGINT, default)
+    except OSError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+            print("train.py: error: not enough memory for this --batch, --eval_size, model or "
+                  "task; smaller ones must do", file=sys.stderr)
+        elif re.search(r"C(\+\+)? compiler", text):
+            print("train.py: error: Triton finds no C compiler for its kernels; --dtype float32 "
+                  "--fast graph, or --device cpu, must do without", file=sys.stderr)
+        else:
+            raise
+        return 2
 
 
 if __name__ == "__main__":

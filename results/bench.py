@@ -31,7 +31,7 @@ def model_flops(model: Hybrid, windows: list[Window], loops: int) -> float:
     window (L x L, masked or not) and with S count alike. The last block of the last pass asleep
     only has to write S. Not counted: keys of earlier windows, what is no product, the optimizers.
     """
-    c, (i, j), total = model.config, model.config.loop_blocks, 0
+    c, (i, j), total = model.config, model.config.core, 0
     for b, (kind, block) in enumerate(zip(c.layout, model.layers)):
         matrices = sum(p.numel() for p in block.parameters() if p.ndim == 3)
         for start, stop, scored in windows:

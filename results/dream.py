@@ -95,7 +95,7 @@ def evaluate(model: Hybrid, tokens: Tensor, answers: Tensor, states: Tensor) -> 
 
 def get_options(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="dream.py", description=__doc__, allow_abbrev=False)
-    kinds = {int: whole(1), float: positive, list: several, str: str}
+    kinds = {int: whole(1), float: positive, list: several(1024), str: str}
     for name, value in {
             "t": 32, "loops": 16, "schedule": [2, 4, 8, 16], "eval_loops": [32], "cells": 24,
             "states": 4, "layout": "asas", "position": "window", "d_model": 256, "n_head": 4,
