@@ -104,7 +104,7 @@ class Rule110:
     QUERY, vocab_size = 2, 3
     MOST_STEPS = 10_000
 
-    def __init__(self, cells: int = 12, states: int = 2, t: int = 5, automaton: int = 110):
+    def __init__(self, cells: int = 12, states: int = 2, t: int = 4, automaton: int = 110):
         check("cells", cells, 3)
         check("states", states, 1)
         check("t", t, 0, self.MOST_STEPS)

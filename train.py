@@ -37,7 +37,7 @@ from model import CHOICES, Config, Hybrid
 from sleep import Window, algorithm1, cut
 
 TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults stand
-    "t": "rule110: steps of the automaton, the difficulty (5; the paper: up to 32)",
+    "t": "rule110: steps of the automaton, the difficulty (4; the paper: up to 32)",
     "cells": "rule110: cells in a state (12; the paper: 24)",
     "states": "rule110: states in a sequence (2; the paper: 4)",
     "automaton": "rule110: number of the elementary rule (110)",
@@ -61,7 +61,8 @@ FAST = {"eager": "a step as written; a CPU would gain nothing from more",
         "graph": "a step recorded once and replayed; compiling only pays in a long run",
         "compile": "blocks compiled, a step recorded once and replayed; for a long run"}
 LONG = 8e14         # parameters x token passes of a run that earns it
-PAPER = {"layout": "asas", "d_model": 256, "cells": 24, "states": 4, "batch": 512, "steps": 782}
+PAPER = {"layout": "asas", "d_model": 256, "n_head": 8, "cells": 24, "states": 4, "batch": 512,
+         "steps": 782, "muon_lr": 4e-3}
 START = "start.pt"  # what --init gave, kept in the run's folder
 LEFT_OUT = "out", "resume", "paper"  # of a run's configuration
 
@@ -150,8 +151,8 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = p.add_argument_group("training").add_argument
     add("--steps", type=whole(0), default=800, help="optimizer steps; 0 only evaluates")
-    add("--batch", type=whole(1), default=32, help="sequences a step (the paper: 512)")
-    add("--muon_lr", type=positive, default=4e-3, help="rate of Muon, for the blocks' matrices")
+    add("--batch", type=whole(1), default=64, help="sequences a step (the paper: 512)")
+    add("--muon_lr", type=positive, default=3e-3, help="rate of Muon, for the blocks' matrices")
     add("--lr", type=positive, default=1e-3, help="rate of AdamW, for all other parameters")
     add("--curriculum", type=several(MOST), metavar="LEVEL[,LEVEL...]",
         help="train on these levels (t, hops or operations) in equal parts of the run; None: on "
