@@ -217,6 +217,19 @@ def assert_same_values_and_gradients(ours, literal, inputs, tolerance=1e-9):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def close(ours, literal, tolerance):
+    """Relative distances of tensors, each in its norm; NaN is never close."""
+    for a, b in zip(ours, literal, strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm() + 1e-9
+
+
+def in_layers_layout(rule, q, k, v, log_alpha, beta, S):
+    """`update`, with inputs and outputs as a rule has them."""
+    qkv = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)
+    o, S = update(rule, qkv, log_alpha.mT, beta.mT, S)
+    return o.transpose(1, 2), S
+
+
 @pytest.mark.parametrize("collinear", [False, True])
 @pytest.mark.parametrize("L", [1, 4, 24, 75])
 @pytest.mark.parametrize("rule", RULES)
@@ -226,19 +239,33 @@ def test_rules_equal_token_loop(rule, L, collinear):
     assert_same_values_and_gradients(RULES[rule](*inputs), LITERAL_RULES[rule](*inputs), inputs)
 
 
-@pytest.mark.parametrize("L", [32, 33, 75, 130])
+@pytest.mark.parametrize("L", [32, 33, 75, 130, 512])
 @pytest.mark.parametrize("rule", RULES)
 def test_pieces_of_a_long_window_equal_token_loop(rule, L):
     """Guards windows of more than 32 tokens: pieces that each start from S = 0, or in disorder."""
     inputs = rule_inputs(L, V=4)
-
-    def in_layers_layout(q, k, v, log_alpha, beta, S):
-        qkv = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)
-        o, S = update(rule, qkv, log_alpha.mT, beta.mT, S)
-        return o.transpose(1, 2), S
-
-    assert_same_values_and_gradients(in_layers_layout(*inputs), LITERAL_RULES[rule](*inputs),
+    assert_same_values_and_gradients(in_layers_layout(rule, *inputs), LITERAL_RULES[rule](*inputs),
                                      inputs)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("decay", [0.0, -1e-6, -1.0, -1e4])
+@pytest.mark.parametrize("L", [1, 24, 130])
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_at_their_limits(rule, L, decay, dtype, tolerance):
+    """Guards a window of one and the same key, nothing forgotten or everything, beta next to 1."""
+    q, k, v, log_alpha, beta, S = (x.detach() for x in rule_inputs(L, V=4))
+    inputs = [q, k[:, :, :1].expand_as(k), v, torch.full_like(log_alpha, decay),
+              1 - 1e-3 * beta, S]
+    rounded = [x.to(dtype if i < 3 else torch.float32).requires_grad_()
+               for i, x in enumerate(inputs)]
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    ours, literal = in_layers_layout(rule, *rounded), LITERAL_RULES[rule](*exact)
+    cotangents = [torch.randn_like(x) for x in literal]
+    gradients = [torch.autograd.grad(out, of, [c.to(x) for c, x in zip(cotangents, out)],
+                                     allow_unused=True, materialize_grads=True)
+                 for out, of in ((ours, rounded), (literal, exact))]
+    close([*ours, *gradients[0]], [*literal, *gradients[1]], tolerance)
 
 
 def test_delta_rule_in_float32_with_collinear_keys():
@@ -1397,12 +1424,6 @@ def test_fast_needs_a_gpu(tmp_path, capsys):
         assert f"--fast {fast}: must be eager or auto on a CPU" in capsys.readouterr().err
 
 
-def close(ours, literal, tolerance):
-    """Relative distances of tensors, each in its norm; NaN is never close."""
-    for a, b in zip(ours, literal, strict=True):
-        assert (a.double() - b).norm() <= tolerance * b.norm()
-
-
 def literal_in_layers_layout(rule, qkv, log_alpha, beta, S):
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     o, S = LITERAL_RULES[rule](q, k, v, log_alpha.mT, beta.mT, S)
@@ -1979,6 +2000,13 @@ def test_every_number_of_a_row_is_of_its_logs(tmp_path, monkeypatch):
     log(2, 0.5, patch={"K": "1"})
     with pytest.raises(SystemExit, match="has position window, not none"):
         render.experiment("x*.jsonl")
+
+
+def test_numbers_of_the_readme_stand_in_the_results():
+    """Guards the first screen: every mean with its range is one of a table made from logs."""
+    numbers = re.findall(r"\d+\.\d\s\[\d+\.\d,\s\d+\.\d\]", README)
+    tables = (HERE / "results/README.md").read_text()
+    assert numbers and all(re.sub(r"\s", " ", x) in tables for x in numbers)
 
 
 def test_figures_are_drawn(tmp_path):

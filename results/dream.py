@@ -4,9 +4,8 @@ Not the paper's. A sleep goes in rounds of two passes: what stands ahead of it a
 from the S of the pass before. The tokens that OutProj makes of a round's last h are the window that
 the next round reads, with embeddings of their own; h is dropped after each round, S goes on. Every
 round is told in training what to say: the state k steps on, k = 2 t / N of --loops, whatever N is
-trained or asked. At the paper's size these are 768 more labels a sequence, beside its 4 answers: no
-comparison with the paper. Each N of --schedule is trained with for an equal part of --steps, and
-asked after each part; --eval_loops at the end. Minutes on a GPU; a CPU wants smaller sizes.
+trained or asked: 768 labels a sequence beside 4 answers at this size, no comparison with the paper.
+Each N of --schedule is trained with for an equal part of --steps; --eval_loops is asked at the end.
 """
 
 import argparse
@@ -113,8 +112,8 @@ def get_options(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]):
     o, began, records = get_options(argv), time.time(), []
-    header = make_header(argv, vars(o))
-    header["command"] = shlex.join(["python", "results/dream.py", *argv])
+    header = make_header(argv, vars(o)) | {
+        "command": shlex.join(["python", "results/dream.py", *argv])}
     Path(o.out).parent.mkdir(parents=True, exist_ok=True)
     k, gpu = 2 * o.t // o.loops, o.device == "cuda"
     tasks = {N: Rule110(o.cells, o.states, N // 2 * k) for N in o.schedule + o.eval_loops}

@@ -44,7 +44,7 @@ WINDOW = "--paper --position window --n_head 4 --fast compile"
 
 # table -> its rows: experiment, what the paper has, options of train.py, logs
 TABLES = {
-    "laptop": [("Rule 110, every option at its default", "-", "--seed 1", "laptop/seed*.jsonl")],
+    "laptop": [("Rule 110, every option at its default", "-", "--t 4", "laptop/seed*.jsonl")],
     "settings": [
         (f"t = {t}: {SETTINGS[name][0]}", "-",
          f"--paper {SETTINGS[name][1]} --fast compile --loops 1,4 --t {t} --steps {steps}",
