@@ -175,7 +175,7 @@ class Depo:
 
     def __init__(self, nodes: int = 75, hops: int = 16, questions: int = 10, names: int = 50,
                  window: int | None = None):
-        check("names", names, 2)
+        check("names", names, 2, 1000)
         check("nodes", nodes, 3, names + names**2)
         check("hops", hops, 1)
         check("questions", questions, 1, nodes)
@@ -294,7 +294,7 @@ class GSM:
                  question: str = "first", window: int = 60):
         check("ops", ops, 1)
         check("statements", statements, ops + 2)  # a distractor of each kind
-        check("variables", variables, statements)
+        check("variables", variables, statements, 1000)
         check("window", window, 1)
         if not 3 <= modulus < 100 or any(modulus % i == 0 for i in range(2, modulus)):
             raise ValueError(f"modulus {modulus}: must be a prime from 3 to 97")

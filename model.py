@@ -73,13 +73,12 @@ class Config:
         if not self.layout or set(self.layout) - set("asm"):
             raise ValueError(f"layout {self.layout!r}: must be letters a (attention), s (SSM) and "
                              "m (SSM without MLP), one a block, such as asas")
-        if self.d_model < 1:
-            raise ValueError(f"d_model {self.d_model}: must be at least 1")
+        for name in ("vocab_size", "window", "d_model"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.n_head < 1 or self.d_model % (2 * self.n_head):
             raise ValueError(f"n_head {self.n_head}: must divide d_model {self.d_model} "
                              "into heads of even size")
-        if self.window < 1:
-            raise ValueError(f"window {self.window}: must be at least 1")
         if self.window == 1 and self.eviction == "sliding":
             raise ValueError("window 1: must be at least 2 for sliding eviction")
         for name, valid in CHOICES.items():
@@ -257,8 +256,22 @@ class Attention(nn.Module):
         return self.out(o.transpose(1, 2).reshape(B, L, d)), cache, S
 
 
+def short_convolution(x: Tensor, w: Tensor, n_head: int) -> Tensor:
+    """What stands before the rule: a causal depthwise convolution, SiLU, unit q and k.
+
+    x (B, L, 3 d), w (4, 3 d) -> q, k, v (B, L, 3, H, K). Written as shifted products: faster than
+    conv1d at these sizes.
+    """
+    L, w, x = x.shape[1], w.to(x.dtype), F.pad(x, (0, 0, 3, 0))
+    y = x[:, 3:] * w[3]
+    for i in range(3):
+        y = torch.addcmul(y, x[:, i:i + L], w[i])
+    q, k, v = F.silu(y).view(*y.shape[:2], 3, n_head, -1).unbind(2)
+    return torch.stack([unit(q), unit(k), v], dim=2)
+
+
 class ShortConv(nn.Module):
-    """`prepare` with a memory: x (B, L, 3 d), tail -> q, k, v (B, L, 3, H, K), the new tail.
+    """`short_convolution` with a memory: x (B, L, 3 d), tail -> q, k, v (B, L, 3, H, K), the new tail.
 
     The tail, the 3 inputs before these, is short-term memory: like keys and values it is evicted
     after the window and made anew in each pass asleep.
@@ -364,11 +377,14 @@ class Hybrid(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) -> h (B, L, d). A product: the gradient of a lookup would have to sort.
 
-        Raises ValueError if tokens are no whole numbers.
+        Raises ValueError if tokens are no whole numbers or more than positions.
         """
         if tokens.is_floating_point() or tokens.ndim != 2:
             raise ValueError(f"tokens {tuple(tokens.shape)}, {tokens.dtype}: must be whole numbers "
                              "(B, L)")
+        if self.position is not None and tokens.shape[1] > len(self.position):
+            raise ValueError(f"tokens {tuple(tokens.shape)}: must be at most a window, "
+                             f"{len(self.position)}, with --position window")
         one_hot = F.one_hot(tokens.long(), len(self.embedding))
         h = one_hot.to(self.embedding.dtype) @ self.embedding
         return h if self.position is None else h + self.position[:tokens.shape[1]]
@@ -391,7 +407,7 @@ class Hybrid(nn.Module):
 
 # -------------------------------------------------------------------------------- for speed only
 
-PIECE = 32  # tokens that go through a rule at once
+PIECE = 32  # tokens that go through a rule at once: its work grows with their square
 
 
 def update(rule: str, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
@@ -429,20 +445,10 @@ def plain_form(rule, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
 
 
 def prepare(x: Tensor, w: Tensor, n_head: int) -> Tensor:
-    """What stands before the rule: a causal depthwise convolution, SiLU, unit q and k.
-
-    x (B, L, 3 d), w (4, 3 d) -> q, k, v (B, L, 3, H, K). Written as shifted products: faster than
-    conv1d at these sizes.
-    """
-    shape = *x.shape[:2], 3, n_head, x.shape[2] // n_head // 3
-    if fits_kernels(x, shape[4]):
-        return fused_prepare(x, w, n_head).view(shape)
-    L, w, x = x.shape[1], w.to(x.dtype), F.pad(x, (0, 0, 3, 0))
-    y = x[:, 3:] * w[3]
-    for i in range(3):
-        y = torch.addcmul(y, x[:, i:i + L], w[i])
-    q, k, v = F.silu(y).view(shape).unbind(2)
-    return torch.stack([unit(q), unit(k), v], dim=2)
+    """`short_convolution`, on a GPU by a kernel."""
+    if fits_kernels(x, x.shape[2] // n_head // 3):
+        return fused_prepare(x, w, n_head).view(*x.shape[:2], 3, n_head, -1)
+    return short_convolution(x, w, n_head)
 
 
 def fits_kernels(x: Tensor, K: int) -> bool:
@@ -451,7 +457,7 @@ def fits_kernels(x: Tensor, K: int) -> bool:
             and x.numel() * max(1, K // x.shape[1]) < 2**31)  # offsets are int32
 
 
-# The kernels: `prepare` and `gated_delta_rule` once more, letters as there, but for T, the inverse
+# The kernels: `short_convolution` and `gated_delta_rule` once more, letters as there, but for T, the inverse
 # of I + A, and C, the L tokens rounded up to 16 or 32; the tests compare both forms. What plain
 # torch writes to memory and reads again in some thirty kernels stays on chip. Decays, sums and S
 # are float32, I + A is inverted in tf32, other factors of products in bfloat16.

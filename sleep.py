@@ -53,8 +53,8 @@ def check_loops(loops: int):
 def wake(model: Hybrid, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple[Tensor, Memory]:
     """Read: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it. One ordinary pass.
 
-    A window may be read in pieces. loops > 1 is for the comparison that spends the passes awake
-    (sleep_at = "wake").
+    A window may be read in pieces, but for a model with positions in the window. loops > 1 is for
+    the comparison that spends the passes awake (sleep_at = "wake").
     """
     h, memory = passes(model, tokens, memory, loops)
     return model.unembed(h), memory

@@ -89,16 +89,16 @@ def whole(low: int = -MOST):
     return checked(int, lambda x: low <= x <= MOST, f"a whole number from {low} to {MOST}")
 
 
-positive = checked(float, lambda x: 0 < x < math.inf, "a number above 0")
 def several(most: int):
     return checked(lambda text: [*map(int, text.split(","))],
                    lambda x: 1 <= min(x) and max(x) <= most and len(set(x)) == len(x),
                    f"whole numbers from 1 to {most}, commas between them, none of them twice")
 
 
+positive = checked(float, lambda x: 0 < x < math.inf, "a number above 0")
 span = checked(lambda text: [*map(int, text.split(":"))], lambda x: len(x) == 2,
                "i:j, two whole numbers")
-passes = several(MOST_PASSES)
+counts = several(MOST_PASSES)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -112,7 +112,7 @@ def get_parser() -> argparse.ArgumentParser:
              + " ".join(f"--{name} {value}" for name, value in PAPER.items())
              + " (40M tokens, as in Fig. 2a; wants a GPU)")
     for name, text in TASK_OPTIONS.items():
-        add(f"--{name}", type=str if name == "question" else whole(), default=argparse.SUPPRESS,
+        add(f"--{name}", type=str if name == "question" else whole(0), default=argparse.SUPPRESS,
             help=text)
 
     add = p.add_argument_group("model").add_argument
@@ -127,7 +127,7 @@ def get_parser() -> argparse.ArgumentParser:
              "name; such a model does not stream")
 
     add = p.add_argument_group("sleep").add_argument
-    add("--loops", type=passes, default="1,2", metavar="N[,N...]",
+    add("--loops", type=counts, default="1,2", metavar="N[,N...]",
         help="passes over each window asleep; a list trains one model for each")
     add("--window", type=whole(), metavar="L",
         help="tokens between evictions of the cache; None: the task's own")
@@ -142,11 +142,11 @@ def get_parser() -> argparse.ArgumentParser:
         help="a pass starts from the S of the one before, or from the window's")
     add("--sleep_at", choices=CHOICES["sleep_at"], default="sleep",
         help="wake: spend the N passes in the scored windows instead")
-    add("--loops_schedule", type=passes, metavar="N[,N...]",
+    add("--loops_schedule", type=counts, metavar="N[,N...]",
         help="train with these passes in equal parts of the run; None: N throughout")
     add("--loops_random", action=yes_or_no, default=False,
         help="take one of --loops_schedule at random in each step instead")
-    add("--eval_loops", type=passes, metavar="N[,N...]",
+    add("--eval_loops", type=counts, metavar="N[,N...]",
         help="at the end, evaluate with other numbers of passes as well")
 
     add = p.add_argument_group("training").add_argument
@@ -185,12 +185,13 @@ def get_parser() -> argparse.ArgumentParser:
 
 def parse(parser: Parser, argv: list[str]) -> dict:
     """The options of a command line; those not given may be --paper's."""
-    options = vars(parser.parse_args(argv))
-    if options["paper"]:
-        if options["task"] != "rule110":
-            parser.error(f"--paper: must come with --task rule110, not {options['task']}")
+    options = parser.parse_args(argv)
+    if options.paper:
+        if options.task != "rule110":
+            parser.error(f"--paper: must come with --task rule110, not {options.task}")
         parser.set_defaults(**PAPER)
-    return vars(parser.parse_args(argv))
+        options = parser.parse_args(argv)
+    return vars(options)
 
 
 # --------------------------------------------------------------------------------------- optimizers
@@ -376,14 +377,9 @@ def evaluate(model: Hybrid, tokens: Tensor, targets: Tensor, loops: int, windows
             "exact": (right | ~scored).all(1).float().mean().item()}
 
 
-def levels_of(task, options: argparse.Namespace) -> list[int]:
-    """The difficulties that are evaluated: the task's own and those of the curriculum."""
-    return sorted({*task.levels, *(options.curriculum or [])})
-
-
 def draw_held_out(task, options: argparse.Namespace) -> dict[int, tuple[Tensor, Tensor, float]]:
     """What every evaluation is on, by level: tokens, targets and the floor."""
-    levels = levels_of(task, options)
+    levels = sorted({*task.levels, *(options.curriculum or [])})
     size = -(-options.eval_size // len(levels))
     return {level: (*task.batch(size, generator(0, EVAL, i, options.device), "held-out", level),
                     floor(task, level))
@@ -392,8 +388,8 @@ def draw_held_out(task, options: argparse.Namespace) -> dict[int, tuple[Tensor, 
 
 def evaluate_levels(model: Hybrid, held_out: dict, loops: int, windows: list[Window]) -> dict:
     """The means over the task's levels, and, where there are several, each level by itself."""
-    levels = {level: {**evaluate(model, *data, loops, windows), "floor": floor}
-              for level, (*data, floor) in held_out.items()}
+    levels = {level: {**evaluate(model, *data, loops, windows), "floor": guessed}
+              for level, (*data, guessed) in held_out.items()}
     means = {name: sum(scores[name] for scores in levels.values()) / len(levels)
              for name in ("loss", "bit", "exact", "floor")}
     return means if len(levels) == 1 else {**means, "levels": levels}
@@ -417,7 +413,7 @@ def as_file(state: dict) -> bytes:
 
 
 def write_log(folder: Path, header: dict, records: list[dict]):
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in [header, *records])
+    text = "".join(json.dumps(x, allow_nan=False) + "\n" for x in [header, *records])
     path = folder / "log.jsonl"
     if not path.exists() or path.read_text() != text:  # else the folder may be read-only
         write(path, text.encode())
@@ -439,7 +435,7 @@ def locked(folder: Path):
         os.close(handle)
 
 
-def make_header(argv: list[str], options: dict) -> dict:
+def make_header(argv: list[str], options: dict, program: str = "train.py") -> dict:
     """First line of the log: what it takes to get the same numbers again."""
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, text=True,
@@ -450,7 +446,7 @@ def make_header(argv: list[str], options: dict) -> dict:
             commit = git("describe", "--always", "--dirty", "--abbrev=10").stdout.strip()
     hardware = (torch.cuda.get_device_name() if options["device"] == "cuda"
                 else f"CPU, {torch.get_num_threads()} threads")
-    return {"command": shlex.join(["python", "train.py", *argv]),
+    return {"command": shlex.join(["python", program, *argv]),
             "commit": os.environ.get("COMMIT") or commit or "unknown",  # COMMIT: copies without git
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
@@ -494,19 +490,20 @@ def read_checkpoint(path: Path, device: str, config: dict, loops: int | None) ->
     """What as_file made, of this very run. Raises Halt if it is something else."""
     with reading(path):
         saved = torch.load(path, map_location=device, weights_only=True)
-        if (saved["config"], saved["loops"]) != (config, loops):
+        if (saved["config"], saved["loops"], type(saved["fresh"])) != (
+                config, loops, type(None) if config["init"] is None else list):
             raise ValueError
         return saved
 
 
 @contextlib.contextmanager
 def reading(path: Path):
-    """A context in which a checkpoint that is damaged or of another run ends this one."""
+    """A context in which a checkpoint that cannot be used ends the run."""
     try:
         yield
     except UNREADABLE:
-        raise Halt(2, f"error: --resume {path.parent}: {path.name} is truncated, damaged or of "
-                      "another model") from None
+        raise Halt(2, f"error: {path}: must be a checkpoint of this run; it is missing, truncated, "
+                      "damaged or of another model") from None
 
 
 class Halt(Exception):
@@ -544,8 +541,8 @@ def read_init(options: dict) -> bytes:
             raise ValueError
     except UNREADABLE:
         raise Halt(2, f"error: --init {options['init']}: must be a checkpoint, or a folder with "
-                      "one, of the same task and vocabulary, width, heads, --position and "
-                      "layout, m blocks aside") from None
+                      "one, of the same task and vocabulary, width, heads, --position (with a "
+                      "window no longer) and layout, m blocks aside") from None
     if options["train"] == "new" and not fresh:
         raise Halt(2, f"error: --train new: must come with m blocks in --layout that {path} lacks")
     return as_file({"config": options, "loops": None, "model": model.state_dict(), "fresh": fresh})
@@ -599,16 +596,16 @@ def new_folder(task: str) -> Path:
             return folder
 
 
-def settle(parser: Parser, options: dict, long: bool | None = None):
+def settle(parser: Parser, options: dict, source: str = "--device cuda"):
     """Settles what is left open, in place: device, dtype, the task's sizes, --fast.
 
-    long: whether the run is worth compiling; None: by its work. Exits with 2 if impossible.
+    Exits with 2 if impossible. source: what asks for a device that may be missing.
     """
     gpu = torch.cuda.is_available()
     if options["device"] == "auto":
         options["device"] = "cuda" if gpu else "cpu"
     if options["device"] == "cuda" and not gpu:
-        parser.error("--device cuda: there is none here; valid are cpu and auto")
+        parser.error(f"{source}: must have a GPU, and there is none here")
     if options["dtype"] == "auto":
         options["dtype"] = "bfloat16" if options["device"] == "cuda" else "float32"
     if options["device"] == "cpu" and options["fast"] not in ("auto", "eager"):
@@ -622,7 +619,7 @@ def settle(parser: Parser, options: dict, long: bool | None = None):
         work = parameters_of(model) * options["steps"] * options["batch"] * passes_over(
             windows_of(task, model.config.window), max(options["loops"]), model.config)
         # With eviction none no two windows have the same shapes, and compiling never ends.
-        long = (work > LONG if long is None else long) and options["eviction"] != "none"
+        long = work > LONG and options["eviction"] != "none"
         options["fast"] = ("eager" if options["device"] == "cpu" else
                            "compile" if long else "graph")
 
@@ -636,7 +633,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
         if len(argv) > 2 or any(re.match("--(?!resume)", argument) for argument in argv):
             parser.error(f"--resume {resume}: takes no other option, the run has its own")
         header = read_header(parser, "--resume", resume)
-        settle(parser, header["config"])
+        settle(parser, header["config"], f"--resume {resume}: runs on cuda, which")
         return argparse.Namespace(**header["config"]), resume, header
 
     settle(parser, options)
@@ -657,7 +654,8 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
                     write(out / START, start)
                 write_log(out, header, [])
     except OSError as error:
-        parser.error(f"--out {error.filename}: {error.strerror}; must be a folder that can be made")
+        parser.error(f"--out {error.filename or out}: {error.strerror}; must be a folder that can "
+                     "be made")
     return argparse.Namespace(**options), out, header
 
 
@@ -697,24 +695,25 @@ class Run:
         self.checkpoint = folder / f"N{loops}.pt"
         self.task, self.model = build(vars(options))
         self.windows = windows_of(self.task, self.model.config.window)
-        saved = self.checkpoint.exists()
-        start = {"fresh": None}
+        saved, self.fresh = self.checkpoint.exists(), None  # fresh: parameters that --init lacks
+        path = self.checkpoint if saved else folder / START
         if saved or options.init is not None:
-            path = self.checkpoint if saved else folder / START
-            start = read_checkpoint(path, options.device, header["config"], loops if saved else None)
-        self.fresh = start["fresh"]  # names of parameters that --init lacks
+            start = read_checkpoint(path, options.device, header["config"],
+                                    loops if saved else None)
+            self.fresh = start["fresh"]
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(options.train == "all" or name in self.fresh)
         self.model.to(options.device)
         self.optimizers = make_optimizers(self.model, options.muon_lr, options.lr)
-        with reading(self.checkpoint):
-            if "model" in start:
+        with reading(path):
+            if saved or options.init is not None:
                 self.model.load_state_dict(start["model"])
             if saved:
                 for optimizer, state in zip(self.optimizers, start["optimizers"], strict=True):
                     optimizer.load_state_dict(state)
-                self.step, self.token_passes, self.records, seconds = (
-                    start[name] for name in ("step", "token_passes", "records", "seconds"))
+                self.step, self.token_passes, seconds = (
+                    start[name] for name in ("step", "token_passes", "seconds"))
+                self.records = [record | {"step": record["step"]} for record in start["records"]]
         log.extend(self.records)
         self.began = time.monotonic() - seconds
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -873,46 +872,48 @@ def gentle_signals():
         restore()
 
 
-def run(options: argparse.Namespace, folder: Path, header: dict):
+def train_all(argv: list[str]):
     """Every N of --loops, one after the other."""
-    log = []
-    print_facts(options, folder, header)
-    held_out = draw_held_out(build(vars(options))[0], options)
-    guessed = sum(floor for *_, floor in held_out.values()) / len(held_out)
-    print(f"floor   always the same answer is {guessed:.2%} exact: the floor", flush=True)
-    with gentle_signals() as stop:
-        for loops in options.loops:
-            train_model(Run(loops, options, folder, header, held_out, log), stop)
-    write_log(folder, header, log)
-    print_table(log)
+    options, folder, header = open_run(argv)
+    with locked(folder):
+        print_facts(options, folder, header)
+        held_out, log = draw_held_out(build(vars(options))[0], options), []
+        guessed = sum(earned for *_, earned in held_out.values()) / len(held_out)
+        print(f"floor   always the same answer is {guessed:.2%} exact: the floor", flush=True)
+        with gentle_signals() as stop:
+            for loops in options.loops:
+                train_model(Run(loops, options, folder, header, held_out, log), stop)
+        write_log(folder, header, log)
+        print_table(log)
+
+
+def in_one_line(program: str, function, *arguments) -> int:
+    """function(*arguments) -> exit code; what ends it is said in one line, unless it is a bug."""
+    try:
+        function(*arguments)
+        return 0
+    except Halt as halt:
+        code, text = halt.code, str(halt)
+    except KeyboardInterrupt:
+        code, text = 130, "stopped at once; what was saved before stands"
+    except OSError as error:
+        code, text = 2, f"error: {error}"
+    except (RuntimeError, MemoryError) as error:
+        code, text = 2, str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+            text = ("error: not enough memory for this --batch, --eval_size, model or task; "
+                    "smaller ones must do")
+        elif re.search(r"C(\+\+)? compiler", text):
+            text = ("error: Triton finds no C compiler for its kernels; --dtype float32 --fast "
+                    "graph, or --device cpu, must do without")
+        else:
+            raise
+    print(f"{program}: {text}", file=sys.stderr)
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        options, folder, header = open_run(sys.argv[1:] if argv is None else argv)
-        with locked(folder):
-            run(options, folder, header)
-        return 0
-    except Halt as halt:
-        print(f"train.py: {halt}", file=sys.stderr)
-        return halt.code
-    except KeyboardInterrupt:
-        print("train.py: stopped at once; what was saved before stands", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-            print("train.py: error: not enough memory for this --batch, --eval_size, model or "
-                  "task; smaller ones must do", file=sys.stderr)
-        elif re.search(r"C(\+\+)? compiler", text):
-            print("train.py: error: Triton finds no C compiler for its kernels; --dtype float32 "
-                  "--fast graph, or --device cpu, must do without", file=sys.stderr)
-        else:
-            raise
-        return 2
+    return in_one_line("train.py", train_all, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

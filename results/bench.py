@@ -7,7 +7,6 @@ OPTIONS are those of train.py, by default the size of the paper's Rule 110 runs 
 import argparse
 import gc
 import json
-import shlex
 import sys
 from pathlib import Path
 from timeit import default_timer, repeat
@@ -150,21 +149,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(loops=[1, 2, 4, 8])
     if given.device == "cpu" or not torch.cuda.is_available():
         parser.set_defaults(batch=64)
+    elif given.eviction != "none":  # no shape would recur
+        parser.set_defaults(fast="compile")
     options = train.parse(parser, argv)
     for name in train.LEFT_OUT:
         del options[name]
-    train.settle(parser, options, long=True)
-    header, options = train.make_header(argv, options), argparse.Namespace(**options)
-    log = [header | {"command": shlex.join(["python", "results/bench.py", *argv])}]
-    try:
+    train.settle(parser, options)
+    header = train.make_header(argv, options, "results/bench.py")
+    log, options = [header], argparse.Namespace(**options)
+
+    def measure():
         for record in run_bench(options, header["hardware"]):
             log.append(record)
-            if given.out:
+            if given.out:  # after every row, so that what ends the bench loses none
                 train.write(given.out, "".join(json.dumps(x) + "\n" for x in log).encode())
-    except KeyboardInterrupt:
-        print(f"bench.py: stopped; the rows so far: {given.out or 'above'}", file=sys.stderr)
-        return 130
-    return 0
+
+    return train.in_one_line("bench.py", measure)
 
 
 if __name__ == "__main__":

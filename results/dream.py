@@ -3,14 +3,12 @@
 Not the paper's. A sleep goes in rounds of two passes: what stands ahead of it a cell learns only
 from the S of the pass before. The tokens that OutProj makes of a round's last h are the window that
 the next round reads, with embeddings of their own; h is dropped after each round, S goes on. Every
-round is told in training what to say: the state k steps on, k = 2 t / N of --loops, whatever N is
-trained or asked: 768 labels a sequence beside 4 answers at this size, no comparison with the paper.
-Each N of --schedule is trained with for an equal part of --steps; --eval_loops is asked at the end.
+round is told in training what to say: the state k steps on, k = 2 t / N of --loops: 768 labels a
+sequence beside 4 answers, no comparison with the paper. Each N of --schedule has a part of --steps.
 """
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Rule110, floor, generator, rule110
 from model import Config, Hybrid, Memory
 from sleep import evict, passes, wake
-from train import (EVAL, TRAIN, Parser, capture, lr_factor, make_header, make_optimizers, positive,
-                   several, uncompiled, whole, write)
+from train import (EVAL, TRAIN, Halt, Parser, capture, in_one_line, lr_factor, make_header,
+                   make_optimizers, positive, several, uncompiled, whole, write)
 
 
 def dreamer(config: Config) -> Hybrid:
@@ -94,32 +92,33 @@ def evaluate(model: Hybrid, tokens: Tensor, answers: Tensor, states: Tensor) -> 
 
 def get_options(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="dream.py", description=__doc__, allow_abbrev=False)
-    kinds = {int: whole(1), float: positive, list: several(1024), str: str}
     for name, value in {
             "t": 32, "loops": 16, "schedule": [2, 4, 8, 16], "eval_loops": [32], "cells": 24,
             "states": 4, "layout": "asas", "position": "window", "d_model": 256, "n_head": 4,
             "steps": 3200, "batch": 512, "muon_lr": 4e-3, "lr": 1e-3, "seed": 1, "eval_size": 2048,
             "out": "out/dream.jsonl", "device": "cuda" if torch.cuda.is_available() else "cpu",
     }.items():
-        parser.add_argument(f"--{name}", type=kinds[type(value)], default=value, help="%(default)s")
+        parser.add_argument(f"--{name}", default=value, help="%(default)s", type={
+            int: whole(1), float: positive, list: several(1024), str: str}[type(value)])
     o = parser.parse_args(argv)
     if any(N % 2 for N in [o.loops, *o.schedule, *o.eval_loops]) or 2 * o.t % o.loops:
         parser.error("every N must be even, and --t a multiple of half of --loops")
-    if Path(o.out).exists():
-        parser.error(f"--out {o.out}: must be a new file")
     return o
 
 
 def main(argv: list[str]):
-    o, began, records = get_options(argv), time.time(), []
-    header = make_header(argv, vars(o)) | {
-        "command": shlex.join(["python", "results/dream.py", *argv])}
-    Path(o.out).parent.mkdir(parents=True, exist_ok=True)
+    o, began, records = get_options(argv), time.monotonic(), []
+    header = make_header(argv, vars(o), "results/dream.py")
     k, gpu = 2 * o.t // o.loops, o.device == "cuda"
-    tasks = {N: Rule110(o.cells, o.states, N // 2 * k) for N in o.schedule + o.eval_loops}
     torch.manual_seed(o.seed)
-    model = dreamer(Config(Rule110.vocab_size, o.cells, o.layout, o.d_model, o.n_head,
-                           "bfloat16" if gpu else "float32", position=o.position)).to(o.device)
+    try:
+        tasks = {N: Rule110(o.cells, o.states, N // 2 * k) for N in o.schedule + o.eval_loops}
+        model = dreamer(Config(Rule110.vocab_size, o.cells, o.layout, o.d_model, o.n_head,
+                               "bfloat16" if gpu else "float32", position=o.position)).to(o.device)
+    except (ValueError, RuntimeError) as error:
+        raise Halt(2, f"error: --{error}") from None
+    Path(o.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(o.out).touch(exist_ok=False)  # never over another log
     for block in model.layers if gpu else ():  # as in train.fast_steps
         torch._dynamo.config.recompile_limit = 64
         block.compile(dynamic=False)
@@ -141,11 +140,11 @@ def main(argv: list[str]):
             records.append({"loops": n, "t": tasks[n].t, "step": steps.stop,
                             "tokens": steps.stop * o.batch * tasks[n].length,
                             "train_loss": loss.item(), **scores, "floor": floor(tasks[n]),
-                            "seconds": round(time.time() - began, 2)})
+                            "seconds": round(time.monotonic() - began, 2)})
             print("  ".join(f"{name} {x:<8.5g}" for name, x in records[-1].items()), flush=True)
             text = "".join(json.dumps(x, allow_nan=False) + "\n" for x in [header, *records])
             write(Path(o.out), text.encode())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(in_one_line("dream.py", main, sys.argv[1:]))
