@@ -1939,6 +1939,154 @@ def test_a_copied_config_means_the_same():
     assert config.core == (0, 2) and replace(config, layout="asasas").core == (0, 6)
 
 
+# ----------------------------------------------------------- 13a. found by breaking the code
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_every_scored_window_counts(eviction):
+    """Guards scored windows in the middle: their loss, and their cache, which goes as any other."""
+    model, (tokens, targets) = hybrid(eviction=eviction), sequences()
+    targets[:, 6:9] = torch.randint(2, (2, 3))
+    loss, logits, labels = algorithm1(model, tokens, targets, 2)
+    torch.testing.assert_close(loss, literal_algorithm1(model, tokens, targets, 2))
+    assert torch.equal(labels, torch.cat([targets[:, 5:10], targets[:, 15:]], dim=1))
+    assert logits.shape == (2, 8, 3)
+
+
+def test_stream_takes_no_part_in_training_nor_keeps_the_caller_s_tensor():
+    """Guards a stream against memory that grows with a graph, and tokens fed from one buffer."""
+    model, tokens = hybrid(), torch.randint(3, (12, 2))
+    streams, buffer = [Stream(model, 2, batch_size=2) for _ in range(2)], torch.empty(2).long()
+    for token in tokens:
+        a, b = streams[0].feed(token), streams[1].feed(buffer.copy_(token))
+        assert torch.equal(a, b) and not a.requires_grad
+        assert not any(S.requires_grad for S in streams[0].memory.S if S is not None)
+
+
+def test_windows_of_longer_tokens_are_refused():
+    """Guards windows that belong to another task: they must end where the tokens do."""
+    tokens = torch.zeros(2, 12).long()
+    with pytest.raises(ValueError, match="^windows .*: must end with the 12 tokens"):
+        algorithm1(hybrid(), tokens, tokens, 1, [Window(0, 14, True)])
+
+
+def test_bfloat16_stays_bfloat16():
+    """Guards the speed of a GPU: no product of a block falls back to float32 behind a rule."""
+    model, (tokens, targets) = Hybrid(Config(3, 5, "as", 16, 2, dtype="bfloat16")), sequences()
+    inside = {}
+    for name, part in model.named_modules():
+        part.register_forward_hook(lambda _, x, out, name=name: inside.update({name: x[0].dtype}))
+    algorithm1(model, tokens, targets, 2)
+    products = {name: dtype for name, dtype in inside.items() if name.endswith(
+        ("qkv", "mixer.out", "up", "down"))}
+    assert len(products) == 8 and set(products.values()) == {torch.bfloat16}, products
+
+
+def test_rotary_angles_are_exact_in_bfloat16():
+    """Guards positions in low precision: bfloat16 cannot count beyond 256."""
+    q, k, v = (torch.randn(1, 2, 300, 16).bfloat16() for _ in range(3))
+    q = q[:, :, -1:]
+    ours = attention(q, k[:, :, -1:], v[:, :, -1:], model_file.Cache(k[:, :, :-1], v[:, :, :-1]))[0]
+    literal = literal_attention(*(x.double() for x in (q, k, v)))
+    assert (ours.double() - literal).norm() < 0.02 * literal.norm()
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"window": 1, "eviction": "sliding"}, "window 1"), ({"n_head": 16}, "n_head 16")])
+def test_impossible_shapes(change, named):
+    """Guards a sliding window that keeps nothing, and heads of odd size, which cannot be turned."""
+    with pytest.raises(ValueError, match=f"^{named}: must "):
+        Config(**{"vocab_size": 3, "window": 5, "d_model": 16, "n_head": 2} | change)
+
+
+def test_start_values_have_their_scale():
+    """Guards start values: a matrix keeps the size of its input; softplus(dt_bias) up to 0.1."""
+    model = Hybrid(Config(3, 5, "s", d_model=128, n_head=64))
+    up, down = model.layers[0].up, model.layers[0].down
+    for matrix in (up, down):
+        y = matrix(torch.randn(64, matrix.weight.shape[2]))
+        assert 0.95 < y.std() < 1.05
+    dt = F.softplus(torch.cat([Hybrid(Config(3, 5, "m", 128, 64)).layers[0].mixer.dt_bias
+                               for _ in range(20)]))
+    assert 0.097 < dt.max() < 0.1001
+
+
+@pytest.mark.parametrize("task", [Rule110(4, 3, 1), Depo(6, 3, 2, 4),
+                                  GSM(2, 5, 5, window=7)], ids=kind)
+def test_windows_of_a_task_are_those_of_its_batches(task):
+    """Guards scored_from: windows told from it alone are those that a large batch shows."""
+    for split in ("train", "held-out"):
+        targets = task.batch(500, generator(0, 0), split)[1]
+        assert train.windows_of(task, task.window) == cut(targets, task.window)
+    assert (targets != IGNORE).any(0).nonzero()[0].item() == task.scored_from
+
+
+@pytest.mark.parametrize("task", [Depo(nodes=4, hops=1, questions=1, names=2),
+                                  GSM(ops=1, statements=3, modulus=3, variables=3)], ids=kind)
+def test_the_smaller_split_is_held_out(task):
+    """Guards swapped splits: training would be left with one instance in eight."""
+    train, held_out = (len({canonical(task, sequence) for sequence in read(task, 1000, split)})
+                       for split in ("train", "held-out"))
+    assert train > 2 * held_out
+
+
+def test_levels_reach_the_hardest():
+    """Guards what evaluation reports: the easiest and the hardest level are among it."""
+    assert Depo().levels == (1, 2, 4, 8, 16) and Depo(hops=5).levels == (1, 2, 4)
+    assert GSM().levels == tuple(range(1, 9))
+
+
+def test_gsm_draws_every_kind_of_statement():
+    """Guards the mixture: +, - and * alike; from the third needed one on, half have two operands
+    that are variables."""
+    task = GSM(ops=4, statements=6, modulus=5, variables=6)
+    operators, both = Counter(), Counter()
+    for statements, needed, _ in read(task, 1500, level=4):
+        operators.update(operator for _, _, _, operator, *_ in statements)
+        both[sum(x in needed and isinstance(left, str) and isinstance(right, str)
+                 for x, _, left, _, right, _ in statements)] += 1
+    assert_shares(operators, dict.fromkeys("+-*", 1 / 3))
+    assert_shares(both, {0: 1 / 4, 1: 1 / 2, 2: 1 / 4})
+
+
+def test_cost_of_loops_by_hand():
+    """Guards token passes: N counts in the looped blocks alone, asleep or awake."""
+    windows = [Window(0, 5, False), Window(5, 8, True)]
+    half = Config(3, 5, "asas", loop_blocks=(1, 3))
+    assert train.passes_over(windows, 3, half) == 5 * 2 + 3
+    assert train.passes_over(windows, 3, replace(half, sleep_at="wake")) == 5 + 3 * 2
+    assert train.passes_over(windows, 3, replace(half, loop_blocks=None)) == 5 * 3 + 3
+
+
+def test_train_loss_is_the_loss_trained_on(tmp_path):
+    """Guards the log: the last batch's loss, which starts at chance, not its gradient's norm."""
+    _, records = run_of(tmp_path, "run", "--steps 1 --loops 1")
+    assert [record["train_loss"] for record in records] == [None, pytest.approx(math.log(3))]
+
+
+def test_levels_of_the_curriculum_are_evaluated(tmp_path):
+    """Guards --curriculum: evaluation is on its levels too, each with its own floor."""
+    _, records = run_of(tmp_path, "run", "--loops 1 --curriculum 2,3 --steps 0")
+    assert list(records[0]["levels"]) == ["1", "2", "3"]
+
+
+def test_a_checkpoint_of_another_N_is_refused(tmp_path, capsys):
+    """Guards --resume: N1.pt under the name of N2.pt would pass for a model that sleeps twice."""
+    folder, _ = run_of(tmp_path, "run", "--loops 1,2 --steps 0")
+    (folder / "N2.pt").write_bytes((folder / "N1.pt").read_bytes())
+    assert "N2.pt: must be" in refused(capsys, ["--resume", str(folder)])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_autocast_leaves_the_rule_alone(rule):
+    """Guards the fast weights under autocast: their products stay in the dtype of S."""
+    _, _, _, log_alpha, beta, S = rule_inputs(40, torch.float32, K=8, V=8)
+    qkv = torch.randn(2, 40, 3, 3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = update(rule, qkv, log_alpha.mT, beta.mT, S)
+    for a, b in zip(ours, update(rule, qkv, log_alpha.mT, beta.mT, S)):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 # ----------------------------------------------------------------------------------- 14. the README
 
 README = (HERE / "README.md").read_text()
@@ -1982,7 +2130,7 @@ def test_rendered_is_what_is_there():
 
 
 def test_every_number_of_a_row_is_of_its_logs(tmp_path, monkeypatch):
-    """Guards the tables themselves: a row's numbers by hand, and logs that are not the command's."""
+    """Guards the tables themselves: a row's numbers by hand, and logs of another command."""
     monkeypatch.setattr(render, "HERE", tmp_path)
     monkeypatch.setitem(render.ROWS, "x*.jsonl", ("K=1", "-", "--t 4 --steps 8", "x*.jsonl"))
     config = {"t": 4, "steps": 8, "position": "none", "seed": 1, "gone": "an option of old"}
