@@ -271,7 +271,9 @@ def short_convolution(x: Tensor, w: Tensor, n_head: int) -> Tensor:
 
 
 class ShortConv(nn.Module):
-    """`short_convolution` with a memory: x (B, L, 3 d), tail -> q, k, v (B, L, 3, H, K), the new tail.
+    """`short_convolution` with a memory.
+
+    x (B, L, 3 d), tail -> q, k, v (B, L, 3, H, K), the new tail.
 
     The tail, the 3 inputs before these, is short-term memory: like keys and values it is evicted
     after the window and made anew in each pass asleep.
@@ -457,10 +459,10 @@ def fits_kernels(x: Tensor, K: int) -> bool:
             and x.numel() * max(1, K // x.shape[1]) < 2**31)  # offsets are int32
 
 
-# The kernels: `short_convolution` and `gated_delta_rule` once more, letters as there, but for T, the inverse
-# of I + A, and C, the L tokens rounded up to 16 or 32; the tests compare both forms. What plain
-# torch writes to memory and reads again in some thirty kernels stays on chip. Decays, sums and S
-# are float32, I + A is inverted in tf32, other factors of products in bfloat16.
+# The kernels: `short_convolution` and `gated_delta_rule` once more, letters as there, but for T,
+# the inverse of I + A, and C, the L tokens rounded up to 16 or 32; the tests compare both forms.
+# What plain torch writes to memory and reads again in some thirty kernels stays on chip. Decays,
+# sums and S are float32, I + A is inverted in tf32, other factors of products in bfloat16.
 
 jit = triton.jit if triton else lambda function: function
 
