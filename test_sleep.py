@@ -1838,6 +1838,13 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path, monkeypat
     assert "token passes" in capsys.readouterr().out
 
 
+def test_closed_output_loses_words_only(tmp_path, monkeypatch):
+    """Guards `>&- 2>&-`, where Python has no stdout and no stderr."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train.main([*TINY, "--steps", "1", "--loops", "1", "--out", str(tmp_path)]) == 0
+
+
 def test_the_facts_come_first(tmp_path, monkeypatch, capsys):
     """Guards silence: what takes long comes after the first lines, and Ctrl-C ends it at once."""
     monkeypatch.setattr(train, "floor", lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -1918,6 +1925,8 @@ def test_a_memory_of_another_batch_is_refused():
     model = hybrid()
     with pytest.raises(ValueError, match="^S .*: must be of 3 sequences"):
         wake(model, torch.zeros(3, 2).long(), model.empty_memory(1))
+    with pytest.raises(ValueError, match="^w .*: must be .4, 12."):
+        prepare(torch.zeros(1, 5, 12), torch.zeros(4, 6), 2)
 
 
 def test_a_frozen_block_stays():

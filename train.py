@@ -889,6 +889,9 @@ def train_all(argv: list[str]):
 
 def in_one_line(program: str, function, *arguments) -> int:
     """function(*arguments) -> exit code; what ends it is said in one line, unless it is a bug."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, >&-: what is said is lost, no more
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         function(*arguments)
         return 0
