@@ -449,8 +449,8 @@ def plain_form(rule, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
 def prepare(x: Tensor, w: Tensor, n_head: int) -> Tensor:
     """`short_convolution`, on a GPU by a kernel. Raises ValueError if the sizes do not match."""
     if w.shape != (4, x.shape[2]) or x.shape[2] % (3 * n_head):
-        raise ValueError(f"w {tuple(w.shape)}: must be (4, {x.shape[2]}), as x is {tuple(x.shape)}, "
-                         f"for q, k and v of {n_head} heads")
+        raise ValueError(f"w {tuple(w.shape)}: must be (4, {x.shape[2]}), as x is "
+                         f"{tuple(x.shape)}, for q, k and v of {n_head} heads")
     if fits_kernels(x, x.shape[2] // n_head // 3):
         return fused_prepare(x, w, n_head).view(*x.shape[:2], 3, n_head, -1)
     return short_convolution(x, w, n_head)
