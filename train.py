@@ -53,7 +53,7 @@ TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults 
 TRAIN, EVAL, PASSES = 0, 1, 2  # streams of random numbers
 CHUNK = 64          # training batches drawn in one call
 MOST = 2**31 - 1    # as an option's value
-MOST_PASSES = 1024  # of one sleep: a step takes that many times as long, and as much memory
+MOST_PASSES = 1024  # of one sleep
 UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError,
               pickle.UnpicklingError)  # what reading a damaged checkpoint raises
 CHECK_EVERY = 10    # steps between looks at the loss, each of which waits for the device
@@ -89,16 +89,16 @@ def whole(low: int = -MOST):
     return checked(int, lambda x: low <= x <= MOST, f"a whole number from {low} to {MOST}")
 
 
-def several(most: int):
+def several(most: int, why: str = ""):
     return checked(lambda text: [*map(int, text.split(","))],
                    lambda x: 1 <= min(x) and max(x) <= most and len(set(x)) == len(x),
-                   f"whole numbers from 1 to {most}, commas between them, none of them twice")
+                   f"whole numbers from 1 to {most}{why}, commas between them, none of them twice")
 
 
 positive = checked(float, lambda x: 0 < x < math.inf, "a number above 0")
 span = checked(lambda text: [*map(int, text.split(":"))], lambda x: len(x) == 2,
                "i:j, two whole numbers")
-counts = several(MOST_PASSES)
+counts = several(MOST_PASSES, " (a step takes as many times as long, and as much memory)")
 
 
 def get_parser() -> argparse.ArgumentParser:
