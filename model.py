@@ -422,11 +422,11 @@ def update(rule: str, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
     if not log_alpha.shape == beta.shape == (B, L, H) or S.shape != (B, H, K, K):
         raise ValueError(f"S {tuple(S.shape)}: must be of {B} sequences, {H} heads and keys of {K},"
                          f" as q, k and v are, {tuple(qkv.shape)}, with an alpha and beta for each")
-    run, pieces = form(rule, qkv), -(-qkv.shape[1] // PIECE)
+    run, pieces = form(rule, qkv), -(-L // PIECE)
     if pieces == 1:
         return run(qkv, log_alpha, beta, S)
     outputs = []
-    for piece in zip(*(x.split(-(-x.shape[1] // pieces), 1) for x in (qkv, log_alpha, beta))):
+    for piece in zip(*(x.split(-(-L // pieces), dim=1) for x in (qkv, log_alpha, beta))):
         o, S = run(*piece, S)
         outputs.append(o)
     return torch.cat(outputs, dim=1), S

@@ -820,8 +820,7 @@ def line(record: dict) -> str:
     return text
 
 
-def print_facts(options: argparse.Namespace, folder: Path, header: dict):
-    task, model = build(vars(options))
+def print_facts(options: argparse.Namespace, folder: Path, header: dict, task, model: Hybrid):
     c, tokens = model.config, options.batch * task.length
     why = {("cpu", "float32"): "bfloat16 is slow there", ("cuda", "bfloat16"): "for tensor cores"}
     why = why.get((options.device, options.dtype), "as asked")
@@ -876,8 +875,9 @@ def train_all(argv: list[str]):
     """Every N of --loops, one after the other."""
     options, folder, header = open_run(argv)
     with locked(folder):
-        print_facts(options, folder, header)
-        held_out, log = draw_held_out(build(vars(options))[0], options), []
+        task, model = build(vars(options))
+        print_facts(options, folder, header, task, model)
+        held_out, log = draw_held_out(task, options), []
         guessed = sum(earned for *_, earned in held_out.values()) / len(held_out)
         print(f"floor   always the same answer is {guessed:.2%} exact: the floor", flush=True)
         with gentle_signals() as stop:
