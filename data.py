@@ -1,6 +1,6 @@
 """The tasks. `python data.py` prints a worked example of each.
 
-A task is a small class: batch(batch_size, generator, split, level) -> tokens, targets; title() and
+A task is a small class: batch(batch_size, random, split, level) -> tokens, targets; title() and
 show(). levels are the difficulties that evaluation reports one by one; level = None is the
 training mixture. No target before scored_from is ever scored. An instance belongs to the train or
 to the held-out split by a hash of itself, so that evaluation is on instances never trained on.
@@ -115,15 +115,15 @@ class Rule110:
         self.length = states * (cells + 1)  # T
         self.scored_from = self.length - states
 
-    def batch(self, batch_size: int, generator: torch.Generator, split: str = "train",
+    def batch(self, batch_size: int, random: torch.Generator, split: str = "train",
               level: int | None = None) -> tuple[Tensor, Tensor]:
-        """tokens, targets: int64 (B, T) on the generator's device. split: "train" or "held-out".
+        """tokens, targets: int64 (B, T) on the device of `random`. split: "train" or "held-out".
         level: another t."""
-        device, t = generator.device, self.t if level is None else level
+        device, t = random.device, self.t if level is None else level
         check("level", t, 0, self.MOST_STEPS)
 
         def draw(n):
-            return torch.randint(2, (n, self.cells), generator=generator, device=device)
+            return torch.randint(2, (n, self.cells), generator=random, device=device)
 
         state = draw(batch_size * self.states)
         while (wrong := in_held_out(state) != SPLITS[split]).any():
@@ -196,21 +196,21 @@ class Depo:
         weights = n == self.nodes if level else (n >= 3) / (n + self.nodes**0.5)
         return weights / weights.sum()
 
-    def batch(self, batch_size: int, generator: torch.Generator, split: str = "train",
+    def batch(self, batch_size: int, random: torch.Generator, split: str = "train",
               level: int | None = None) -> tuple[Tensor, Tensor]:
-        """tokens, targets: int64 (B, T) on the generator's device. level: hops of each question."""
+        """tokens, targets: int64 (B, T) on the device of `random`. level: hops of each question."""
         low, high = (1, self.hops) if level is None else (level, level)
         check("level", low, 1, self.hops)
-        random = {"generator": generator, "device": generator.device}
-        i, total = torch.arange(self.nodes, device=generator.device), self.names + self.names**2
+        source = {"generator": random, "device": random.device}
+        i, total = torch.arange(self.nodes, device=random.device), self.names + self.names**2
 
         def shuffle(n):  # (B, 1) -> (B, nodes): 0, ..., n - 1 in random order, then the others
-            return (torch.rand(len(n), self.nodes, **random) + (i >= n)).argsort(dim=1)
+            return (torch.rand(len(n), self.nodes, **source) + (i >= n)).argsort(dim=1)
 
         def draw(n):  # (B, 1) -> names (B, nodes), of which the first n are the cycle, in order
             # The original draws length and tokens of a name, again if it has been there. That is
             # a race of exponential clocks: half of the time some name of one token is the next.
-            clocks = torch.empty(len(n), total, device=n.device).exponential_(generator=generator)
+            clocks = torch.empty(len(n), total, device=n.device).exponential_(generator=random)
             clocks[:, :self.names] /= self.names
             return clocks.topk(self.nodes, largest=False).indices.gather(1, shuffle(n))
 
@@ -228,8 +228,8 @@ class Depo:
         def lay(rows, n):  # (B, rows, slots) -> (B, rows * slots): padding instead of rows from n
             return rows.masked_fill((i[:rows.shape[1]] >= n)[..., None], self.PAD).flatten(1)
 
-        sizes = torch.tensor(self.sizes(level), device=generator.device)
-        n = sizes.multinomial(batch_size, replacement=True, generator=generator)[:, None]
+        sizes = torch.tensor(self.sizes(level), device=random.device)
+        n = sizes.multinomial(batch_size, replacement=True, generator=random)[:, None]
         cycle = draw(n)
         while (wrong := held_out(cycle, n) != SPLITS[split]).any():
             cycle[wrong] = draw(n[wrong])
@@ -240,7 +240,7 @@ class Depo:
         graph = graph.gather(1, (graph != self.PAD).byte().argsort(dim=1, stable=True))
 
         start = shuffle(n)[:, :self.questions]
-        k = torch.randint(low, high + 1, start.shape, **random)
+        k = torch.randint(low, high + 1, start.shape, **source)
         name, answer = (spell(cycle.gather(1, x)) for x in (start, (start + k) % n))
         hop, marker = 2 * self.names - 1 + k, torch.full_like(k, self.ANSWER)
         asked = lay(torch.cat([hop[..., None], name, marker[..., None], answer], dim=-1), n)
@@ -310,14 +310,14 @@ class GSM:
         self.words = [str(i) for i in range(modulus)] + letters + list("+-*=;?A")
         self.vocab_size = len(self.words)
 
-    def batch(self, batch_size: int, generator: torch.Generator, split: str = "train",
+    def batch(self, batch_size: int, random: torch.Generator, split: str = "train",
               level: int | None = None) -> tuple[Tensor, Tensor]:
-        """tokens, targets: int64 (B, T) on the generator's device. level: statements needed."""
+        """tokens, targets: int64 (B, T) on the device of `random`. level: statements needed."""
         low, high = (1, self.ops) if level is None else (level, level)
         check("level", low, 1, self.ops)
-        random = {"generator": generator, "device": generator.device}
+        source = {"generator": random, "device": random.device}
         S, p, plus = self.statements, self.modulus, self.modulus + self.variables
-        i = torch.arange(S, device=generator.device)
+        i = torch.arange(S, device=random.device)
 
         def draw(level):  # (B, 1) -> (B, S, 4): variable, operand, operator, operand
             # Operands are statements before i, or -1: a constant. Three parts: the needed chain,
@@ -326,24 +326,24 @@ class GSM:
             place = torch.where(i < level, i, i - level)  # in its chain
             reuses = i >= S - (S - level) // 2
             near, far = (torch.where(place >= back, i - back, -1) for back in (1, 2))
-            needed = torch.rand(2, B, S, **random) * level
+            needed = torch.rand(2, B, S, **source) * level
             near, far = torch.stack([near, far]).where(~reuses, needed.long())
-            far = far.where(torch.rand(B, S, **random) < 0.5, -1)
+            far = far.where(torch.rand(B, S, **source) < 0.5, -1)
             operands = torch.stack([near, far], dim=-1)
-            operands = operands.where(torch.rand(B, S, 1, **random) < 0.5, operands.flip(-1))
+            operands = operands.where(torch.rand(B, S, 1, **source) < 0.5, operands.flip(-1))
 
-            variable = p + torch.rand(B, self.variables, **random).argsort(dim=1)[:, :S]
+            variable = p + torch.rand(B, self.variables, **source).argsort(dim=1)[:, :S]
             names = variable.gather(1, operands.clamp(min=0).flatten(1)).view_as(operands)
-            constants = torch.randint(1, p, operands.shape, **random)  # 0 would cut the chain
+            constants = torch.randint(1, p, operands.shape, **source)  # 0 would cut the chain
             left, right = names.where(operands >= 0, constants).unbind(-1)
-            operator = torch.randint(plus, plus + 3, (B, S), **random)
+            operator = torch.randint(plus, plus + 3, (B, S), **source)
             return torch.stack([variable, left, operator, right], dim=-1)
 
         def held_out(problem, level):  # by what is needed, whatever the distractors and the order
             needed = torch.where((i < level)[..., None], problem, 0)
             return in_held_out(needed.flatten(1))  # Choice: held-out problems
 
-        level = torch.randint(low, high + 1, (batch_size, 1), **random)
+        level = torch.randint(low, high + 1, (batch_size, 1), **source)
         problem = draw(level)
         while (wrong := held_out(problem, level) != SPLITS[split]).any():
             problem[wrong] = draw(level[wrong])
@@ -358,7 +358,7 @@ class GSM:
         marks = torch.arange(plus + 3, plus + 7, device=i.device).repeat(batch_size, 1)
         equals, end, ask, answer = marks.split(1, dim=1)
         asked = problem[:, :, 0].gather(1, level - 1)
-        order = torch.rand(batch_size, S, **random).argsort(dim=1)[..., None].expand_as(problem)
+        order = torch.rand(batch_size, S, **source).argsort(dim=1)[..., None].expand_as(problem)
         variable, left, operator, right = problem.gather(1, order).unbind(-1)
         statement = variable, equals.expand(-1, S), left, operator, right, end.expand(-1, S)
         parts = [torch.stack(statement, dim=-1).flatten(1), torch.cat([ask, asked], dim=1)]

@@ -105,7 +105,7 @@ class Config:
 # -------------------------------------------------------------------------- the two sequence mixers
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept must serve a training step as well
+@torch.inference_mode(mode=False)  # what is kept must serve a training step as well
 def _rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
     frequency = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=dtype, device=device) / size)
     angle = torch.arange(length, dtype=dtype, device=device)[:, None, None] * frequency
@@ -337,7 +337,7 @@ class Block(nn.Module):
         else:
             nn.init.zeros_(self.mixer.out.weight)
 
-    def forward(self, h: Tensor, cache: Cache | Tail | None, S: Tensor | None, need_h: bool):
+    def forward(self, h: Tensor, cache: Cache | Tail | None, S: Tensor | None, *, need_h: bool):
         """h (B, L, d), what the block remembers -> the same after these L tokens.
 
         need_h = False: h is None, and compiled, what only h needs is not computed.
@@ -391,7 +391,7 @@ class Hybrid(nn.Module):
         h = one_hot.to(self.embedding.dtype) @ self.embedding
         return h if self.position is None else h + self.position[:tokens.shape[1]]
 
-    def blocks(self, h: Tensor, memory: Memory, start: int, stop: int,
+    def blocks(self, h: Tensor, memory: Memory, start: int, stop: int, *,
                need_h: bool = True) -> tuple[Tensor | None, Memory]:
         """One pass over the blocks start to stop - 1: h (B, L, d), memory -> the same after it.
 
@@ -399,7 +399,8 @@ class Hybrid(nn.Module):
         """
         cache, S = list(memory.cache), list(memory.S)
         for i in range(start, stop):
-            h, cache[i], S[i] = self.layers[i](h, cache[i], S[i], need_h or i < stop - 1)
+            h, cache[i], S[i] = self.layers[i](h, cache[i], S[i],
+                                              need_h=need_h or i < stop - 1)
         return h, Memory(tuple(cache), tuple(S))
 
     def unembed(self, h: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ Letters, here and in model.py (code name in parentheses where it differs):
     C  keys and values in the cache
 """
 
+import os
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor
 from model import Cache, Hybrid, Memory
 
 
-def passes(model: Hybrid, tokens: Tensor, memory: Memory, loops: int,
+def passes(model: Hybrid, tokens: Tensor, memory: Memory, loops: int, *,
            need_h: bool = True) -> tuple[Tensor | None, Memory]:
     """`loops` passes over one window: tokens (B, L) -> h (B, L, d) and the memory after the last.
 
@@ -41,8 +44,8 @@ def passes(model: Hybrid, tokens: Tensor, memory: Memory, loops: int,
         h = h if c.carry == "h" else first
         S = after.S if c.carry_S else prelude.S
         h, after = model.blocks(h, Memory(prelude.cache, S), i, j,  # Eq. (6)
-                                need_h or n < loops - 1 or j < end)
-    return model.blocks(h, after, j, end, need_h)                     # nothing, by default
+                                need_h=need_h or n < loops - 1 or j < end)
+    return model.blocks(h, after, j, end, need_h=need_h)              # nothing, by default
 
 
 def check_loops(loops: int):
@@ -185,3 +188,75 @@ class Stream:
         return {"cache": sum(memory["cache"] for memory in held),
                 "S": sum(memory["S"] for memory in held),
                 "tokens": sum(token.nbytes for token in self.window)}
+
+
+# ----------------------------------------------------------------------- to watch: python sleep.py
+
+@torch.no_grad()
+def night(argv: list[str]):
+    """Print how a trained model reads a held-out sequence, sleeps on it, forgets it and answers.
+
+    Behind each pass stands what it would answer at the end, had that night ended there: from a copy
+    of the memory, with all other nights as they are. The run itself goes on undisturbed.
+    """
+    from train import Halt, Parser, load, reading  # only here: nothing above knows of a run
+    parser = Parser(prog="sleep.py", description="Watch a trained model read, sleep and answer.")
+    parser.add_argument("run", nargs="?", type=Path, help="a run's folder, for its largest N, or a "
+                        "checkpoint N*.pt; default: the newest run under out/")
+    path = parser.parse_args(argv).run or max(
+        Path("out").rglob("N*.pt"), key=os.path.getmtime, default=Path("out/none")).parent
+    path = max(path.glob("N*.pt"), key=lambda file: int(file.stem[1:]), default=path)
+    if not path.is_file():
+        raise Halt(2, f"error: {path}: must hold a checkpoint N*.pt; python train.py makes one")
+    with reading(path):
+        task, model, loops = load(path)
+    random, L, keep = torch.Generator().manual_seed(0), model.config.window, model.config.keep
+    tokens, targets = task.batch(1, random, "held-out", task.levels[-1])
+    *asleep, (asked, _, _) = windows = cut(targets, L)
+    labels, logits = targets[targets >= 0], []
+    try:
+        stream = Stream(model, loops)
+        if any(window.scored for window in asleep):
+            raise ValueError(f"window {L}: must leave all that is scored to one window, to stream")
+    except ValueError as error:
+        raise Halt(2, f"error: {path}: {error}") from None
+
+    def answers(logits: Tensor) -> str:
+        """The first 4 answers, their probabilities, and which are wrong: logits (1, P, ...)."""
+        p, words = logits[0, targets[0, asked:] >= 0].softmax(-1).max(-1)
+        return ", ".join(f"{task.words[word]} {x:.2f}" + " (no)" * bool(word != label)
+                         for x, word, label in zip(p[:4], words, labels))
+
+    def held(memory: Memory) -> str:
+        entries = max((x.k.shape[2] for x in memory.cache if isinstance(x, Cache)), default=0)
+        return "cache {} entries, {cache:,} bytes; S {S:,} bytes".format(entries, **memory.bytes())
+
+    print(f"run       {path}, N = {loops}\ntask      {task.title()}")
+    for number, (start, stop, scored) in enumerate(windows, 1):
+        window, begun, line = tokens[:, start:stop], stream.start, min(8, -(-L // 4))
+        for i, token in enumerate(window.T, 1):
+            logits.append(stream.feed(token))
+            if i % line == 0 or i == stop - start:
+                memory = stream.memory if i < L else wake(model, window, begun)[1]  # before a sleep
+                words = " ".join(task.words[x] for x in window[0, (i - 1) // line * line:i])
+                print(f"window {number}  reads {words} -> {held(memory)}")
+        memory = begun
+        for n in range(0 if scored else loops + 1):
+            before, memory = memory, sleep(model, window, begun, n) if n else begun
+            moves = "".join(f" {(S - old).norm() / S.norm():.2f}"  # of each SSM block
+                            for old, S in zip(before.S, memory.S) if n and S is not None)
+            end = evict(memory, keep)
+            for later, until, _ in asleep[number:]:
+                end = evict(sleep(model, tokens[:, later:until], end, loops), keep)
+            end = wake(model, tokens[:, asked:], end)[0]
+            print(f"night {number}   pass {n}" + f", S moves{moves}" * bool(moves)
+                  + f" -> would say {answers(end)}")
+        if not scored:
+            print(f"night {number}   over -> {held(stream.start)}")
+    print(f"answers   {answers(torch.stack(logits[asked:], dim=1))}\n"
+          f"truth     {', '.join(task.words[label] for label in labels[:4])}")
+
+
+if __name__ == "__main__":
+    from train import in_one_line
+    sys.exit(in_one_line("sleep.py", night, sys.argv[1:]))

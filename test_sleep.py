@@ -32,7 +32,7 @@ import model as model_file
 from model import (KERNELS, ROPE_BASE, RULES, Config, GatedDeltaNet, Hybrid, Memory, attention,
                    form, gated_delta_rule, prepare, update)
 from results import render
-from sleep import Stream, Window, algorithm1, cut, evict, passes, sleep, wake
+from sleep import Stream, Window, algorithm1, cut, evict, night, passes, sleep, wake
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
@@ -526,8 +526,8 @@ def test_every_pass_contributes_its_gradient():
         memory = model.empty_memory(1)
         original = model.blocks
         displacements = iter([*(shift[:, None, None, None] * directions), 0])
-        model.blocks = lambda h, memory, i, j, *needed: original(
-            h + next(displacements) if i < j else h, memory, i, j, *needed)
+        model.blocks = lambda h, memory, i, j, **needed: original(
+            h + next(displacements) if i < j else h, memory, i, j, **needed)
         try:
             return wake(model, query, evict(sleep(model, window, memory, 3)))[0][0, 0, 0]
         finally:
@@ -1608,6 +1608,76 @@ def test_a_dream_is_asked_in_proportion(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(records)
 
 
+# ----------------------------------------------------------------------------- a night: sleep.py
+
+@pytest.mark.parametrize("options", [
+    "", "--states 3 --eviction sliding", "--layout asas --loop_blocks 1:3", "--layout aa",
+    "--eviction none", "--task depo --nodes 4 --hops 2 --questions 2 --names 4 --window 16",
+    "--task gsm --ops 1 --statements 3 --modulus 3 --variables 3 --window 8"])
+def test_a_night_is_what_algorithm1_does(options, tmp_path, capsys, monkeypatch):
+    """Guards `python sleep.py`: its answers are those of training, and behind a pass stands what
+    comes of a night that ends there, all others as they are."""
+    monkeypatch.chdir(tmp_path)
+    size = TINY[4:] if "--task" in options else TINY
+    assert train.main([*size, *options.split(), "--loops=1,2", "--steps=3", "--muon_lr=0.1"]) == 0
+    task, model, N = train.load(next(Path("out").glob("*/N2.pt")))
+    tokens, targets = task.batch(1, torch.Generator().manual_seed(0), "held-out", task.levels[-1])
+    *asleep, asked = cut(targets, model.config.window)
+
+    def answers(nights):
+        memory = model.empty_memory(1)
+        for passes_there, (start, stop, _) in zip(nights, asleep, strict=True):
+            if passes_there:
+                memory = sleep(model, tokens[:, start:stop], memory, passes_there)
+            memory = evict(memory, model.config.keep)
+        p = wake(model, tokens[:, asked.start:], memory)[0].softmax(-1)[0]
+        return ", ".join(f"{task.words[x.argmax()]} {x.max():.2f}" + " (no)" * (x.argmax() != y)
+                         for x, y in zip(p, targets[0, asked.start:].tolist()) if y >= 0).split(
+                             ", ")[:4]
+
+    capsys.readouterr()
+    with torch.no_grad():
+        night([])
+        out = capsys.readouterr().out
+        shown = [(int(i), int(n), said.split(", ")) for i, n, said in
+                 re.findall(r"^night (\d+)   pass (\d+).* -> would say (.*)$", out, re.M)]
+        assert shown == [(i + 1, n, answers([N] * i + [n] + [N] * (len(asleep) - i - 1)))
+                         for i in range(len(asleep)) for n in range(N + 1)]
+        assert re.search("^answers   (.*)$", out, re.M)[1].split(", ") == answers([N] * len(asleep))
+    read = " ".join(re.findall(r"^window \d+  reads (.*) -> ", out, re.M)).split()
+    assert read == [task.words[x] for x in tokens[0]] and max(map(len, out.splitlines())) <= 100
+    kept = {"hard": 0, "sliding": task.window - 1}.get(model.config.eviction, len(tokens[0]))
+    assert f"over -> cache {min(kept, asleep[-1].stop)} entries" in out
+    if "a" in model.config.layout:
+        assert f"-> cache {model.config.window} entries" in out
+
+
+@pytest.mark.parametrize("options, named", [
+    ("--position=window", "position window: must be none"),
+    ("--sleep_at=wake", "loops 2: must be 1"),
+    ("--task=depo --nodes=4 --hops=2 --questions=2 --names=4 --window=8", "window 8: must leave")])
+def test_a_night_that_cannot_be_shown_is_refused(options, named, tmp_path, capsys):
+    size = TINY[4:] if "--task" in options else TINY
+    assert train.main([*size, *options.split(), "--loops=2", "--steps=0", f"--out={tmp_path}"]) == 0
+    capsys.readouterr()
+    assert train.in_one_line("sleep.py", night, [str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"sleep.py: error: {tmp_path}") and named in err and err.count("\n") == 1
+
+
+def test_a_night_needs_a_run(tmp_path):
+    def said(*arguments):
+        run = subprocess.run([sys.executable, HERE / "sleep.py", *arguments], text=True,
+                             cwd=tmp_path, capture_output=True, timeout=100)
+        assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+        return run.stderr
+
+    assert "out: must hold a checkpoint N*.pt; python train.py makes one" in said()
+    assert "none: must hold" in said("none")
+    (tmp_path / "N1.pt").write_text("damaged")
+    assert "N1.pt: must be a checkpoint" in said(".")
+
+
 # -------------------------------------------------------------- 10. it learns, 11. the command line
 
 def test_a_tiny_batch_is_overfitted():
@@ -2154,7 +2224,7 @@ def test_every_number_of_a_row_is_of_its_logs(tmp_path, monkeypatch):
         render.read.cache_clear(), render.experiment.cache_clear()
 
     log(1, 0.25, patch={"K": "1"}), log(2, 0.5, patch={"K": "1"})
-    assert render.cells(*render.ROWS["x*.jsonl"]) == [
+    assert render.row_of(*render.ROWS["x*.jsonl"]) == [
         "K=1", "-", "`--t 4 --steps 8`", "N = 1: 37.5 [25.0, 50.0]; N = 2: 75.0 [50.0, 100.0]",
         "25.0", "2", "3.0M", "3.0 H200", "c", "`x*.jsonl`"]
     for wrong, says in (({"t": 5}, "has t 5, not 4"), ({"position": "window"}, "position"),

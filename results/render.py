@@ -140,7 +140,7 @@ def levels(records: list[dict], score: str) -> str:
     return " / ".join(mean_and_range([100 * level[score] for level in seeds]) for seeds in by_level)
 
 
-def cells(name: str, paper: str, arguments: str, pattern: str) -> list[str]:
+def row_of(name: str, paper: str, arguments: str, pattern: str) -> list[str]:
     """What a table's row says of an experiment."""
     loops, logs = experiment(pattern)
     last = [record for n in loops for record in ends(pattern, n)]
@@ -185,7 +185,7 @@ def speed_tables() -> str:
 def filled(text: str) -> str:
     """results/README.md with every table as the logs have it."""
     made = {name: table("experiment | paper | `python train.py` ... | exact, % | floor | seeds | "
-                        "tokens | minutes | commit | logs", [cells(*row) for row in rows])
+                        "tokens | minutes | commit | logs", [row_of(*row) for row in rows])
             for name, rows in TABLES.items()} | {"speed": speed_tables()}
     block = re.compile(r"^<!-- table: (.*) -->\n(?:.*\n)*?<!-- end -->$", re.M)
     agree("results/README.md: table", block.findall(text), "results/render.py", [*made])
@@ -292,15 +292,15 @@ def position(figure):
     """With a vector for the place in the window: by t with four blocks, with two; t = 32."""
     figure.set_size_inches(7, 5.2)
     axes = figure.subplot_mosaic([["fig2a", "two-blocks"], ["t32", "t32"]])
-    for name, levels, title in (("fig2a", [*FIG2A], "four blocks"),
+    for name, ts, title in (("fig2a", [*FIG2A], "four blocks"),
                                 ("two-blocks", [8, 10], "two blocks")):
         axis, pattern = axes[name], f"window-position/{name}/t{{}}-s*.jsonl"
         for n in (1, 2, 4):
-            band(axis, {t: exact(ends(pattern.format(t), n)) for t in levels}, COLOURS[n],
+            band(axis, {t: exact(ends(pattern.format(t), n)) for t in ts}, COLOURS[n],
                  f"N = {n}", marker="o", ms=3)
-        axis.plot(levels, [100 * ends(pattern.format(t), 1)[0]["floor"] for t in levels],
+        axis.plot(ts, [100 * ends(pattern.format(t), 1)[0]["floor"] for t in ts],
                   color="black", lw=0.8, ls="--", label="floor")
-        axis.set(title=f"{title}, 40M tokens", xlabel="t, steps of the automaton", xticks=levels,
+        axis.set(title=f"{title}, 40M tokens", xlabel="t, steps of the automaton", xticks=ts,
                  ylim=(0, 102))
     for n in (1, 4):
         y = exact(ends("settings/base-t10-s*.jsonl", n))
