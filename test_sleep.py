@@ -1608,6 +1608,50 @@ def test_a_dream_is_asked_in_proportion(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(records)
 
 
+# ------------------------------------------------------------------------- several GPUs: torchrun
+
+def torchrun(*arguments, ranks=2):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+         str(HERE / "train.py"), *arguments], text=True, capture_output=True, timeout=200)
+
+
+def assert_close_runs(a, b):
+    for name, weight in weights_of(a, 2).items():
+        torch.testing.assert_close(weights_of(b, 2)[name], weight, rtol=1e-4, atol=1e-5)
+    for one, other in zip(lines_of(a)[1:], lines_of(b)[1:], strict=True):
+        assert one["step"] == other["step"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_ranks_together_are_one_process(tmp_path):
+    """Guards torchrun: two processes (gloo, on a CPU) do what one does, to rounding; here their
+    halves of a batch do not have the same number of scored tokens."""
+    line = [*"--task depo --nodes 4 --hops 2 --questions 2 --names 4 --window 16".split(),
+            *TINY[4:], "--loops=2", "--steps=20", "--eval_every=10"]
+    assert train.main([*line, f"--out={tmp_path / 'one'}"]) == 0
+    run = torchrun(*line, f"--out={tmp_path / 'two'}")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("N 2  step ") == 3 and run.stdout.count("floor   always") == 1
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+
+
+def test_resume_with_more_ranks(tmp_path, monkeypatch):
+    base = [*TINY, "--steps", "20", "--eval_every", "10", "--loops", "2"]
+    assert train.main([*base, "--out", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        assert train.main([*base, "--out", str(tmp_path / "cut")]) == 130
+    assert torchrun("--resume", str(tmp_path / "cut")).returncode == 0
+    assert_close_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ranks_must_divide_the_batch(tmp_path):
+    run = torchrun(*TINY, "--batch=7", "--steps=1", f"--out={tmp_path / 'new'}")
+    assert run.returncode != 0 and not (tmp_path / "new").exists()
+    assert run.stderr.count("error: --batch 7: must be a multiple of the 2 processes") == 1
+
+
 # ----------------------------------------------------------------------------- a night: sleep.py
 
 @pytest.mark.parametrize("options", [

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,6 +66,7 @@ PAPER = {"layout": "asas", "d_model": 256, "n_head": 8, "cells": 24, "states": 4
          "steps": 782, "muon_lr": 4e-3}
 START = "start.pt"  # what --init gave, kept in the run's folder
 LEFT_OUT = "out", "resume", "paper"  # of a run's configuration
+RANK, RANKS = (int(os.environ.get(name, x)) for name, x in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -264,14 +266,39 @@ def make_step(model: Hybrid, optimizers: list[torch.optim.Optimizer], windows: l
     """-> step(tokens, targets), one optimizer step -> loss and gradient norm, still on the device.
     """
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        loss, *_ = algorithm1(model, tokens, targets, loops, windows)
+        loss, _, labels = algorithm1(model, tokens, targets, loops, windows)
         loss.backward()
+        if RANKS > 1:
+            loss = of_all_ranks(model, loss, (labels != IGNORE).sum())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Choice: clipping
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         return torch.stack([loss.detach(), norm])
     return step
+
+
+def of_all_ranks(model: Hybrid, loss: Tensor, scored: Tensor) -> Tensor:
+    """Makes gradients and loss, means over the tokens `scored` here, those of the whole batch."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([loss.detach().view(1), *(x.flatten() for x in grads), loss.new_ones(1)])
+    dist.all_reduce(flat := flat * scored)
+    loss, *means, _ = (flat / flat[-1]).split([1, *(x.numel() for x in grads), 1])
+    torch._foreach_copy_(grads, [x.view_as(grad) for x, grad in zip(means, grads)])
+    return loss[0]
+
+
+def by_first_rank(function, *arguments):
+    """function(*arguments), called in one process for all. torchrun starts RANKS of this program, a
+    GPU for each; each trains its rows of every batch, and the first alone writes and speaks."""
+    if RANKS == 1:
+        return function(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    dist.broadcast_object_list(result := [None if RANK else function(*arguments)])
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+    return result[0]
 
 
 def capture(step, warm_up: int = 3):
@@ -381,9 +408,9 @@ def draw_held_out(task, options: argparse.Namespace) -> dict[int, tuple[Tensor, 
     """What every evaluation is on, by level: tokens, targets and the floor."""
     levels = sorted({*task.levels, *(options.curriculum or [])})
     size = -(-options.eval_size // len(levels))
+    bar = tqdm(levels, "held-out", disable=bool(RANK) or None, leave=False)
     return {level: (*task.batch(size, generator(0, EVAL, i, options.device), "held-out", level),
-                    floor(task, level))
-            for i, level in enumerate(tqdm(levels, "held-out", disable=None, leave=False))}
+                    floor(task, level)) for i, level in enumerate(bar)}
 
 
 def evaluate_levels(model: Hybrid, held_out: dict, loops: int, windows: list[Window]) -> dict:
@@ -399,6 +426,8 @@ def evaluate_levels(model: Hybrid, held_out: dict, loops: int, windows: list[Win
 
 def write(path: Path, data: bytes):
     """To a temporary file, then rename: path holds the old file or the new one, never half."""
+    if RANK > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(data)
@@ -614,6 +643,8 @@ def settle(parser: Parser, options: dict, source: str = "--device cuda"):
         task, model = build(options)
     except ValueError as error:
         parser.error(f"--{error}")
+    if options["batch"] % RANKS:
+        parser.error(f"--batch {options['batch']}: must be a multiple of the {RANKS} processes")
     options |= {name: getattr(task, name) for name in TASK_OPTIONS if hasattr(task, name)}
     if options["fast"] == "auto":
         work = parameters_of(model) * options["steps"] * options["batch"] * passes_over(
@@ -783,7 +814,7 @@ def train_model(run: Run, stop: threading.Event):
                          len(options.loops_schedule) if options.loops_random else 1)
     data = batches(run.task, options, run.step)
     with tqdm(desc=f"N = {run.loops}", total=options.steps * tokens, initial=run.step * tokens,
-              unit="tok", unit_scale=True, disable=None, leave=False) as bar:
+              unit="tok", unit_scale=True, disable=bool(RANK) or None, leave=False) as bar:
         while True:
             evaluating = run.step % options.eval_every == 0 or run.step == options.steps
             if evaluating or stop.is_set() or len(run.unchecked) == CHECK_EVERY:
@@ -800,7 +831,7 @@ def train_model(run: Run, stop: threading.Event):
             for group, rate in zip(run.groups, (options.muon_lr, options.lr)):
                 group["lr"].fill_(rate * factor)
             N = passes_of(options, run.step, run.loops)
-            run.unchecked.append(step_of(N)(*next(data)))
+            run.unchecked.append(step_of(N)(*(x.chunk(RANKS)[RANK] for x in next(data))))
             run.step += 1
             run.token_passes += options.batch * passes_over(run.windows, N, run.model.config)
             bar.set_postfix(loss=run.train_loss, exact=run.records[-1]["exact"], refresh=False)
@@ -861,7 +892,8 @@ def gentle_signals():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    if threading.current_thread() is threading.main_thread():  # no other thread may ask for signals
+    # no other thread may ask for signals; and torchrun ends its processes as it likes
+    if threading.current_thread() is threading.main_thread() and RANKS == 1:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, note)
@@ -873,8 +905,8 @@ def gentle_signals():
 
 def train_all(argv: list[str]):
     """Every N of --loops, one after the other."""
-    options, folder, header = open_run(argv)
-    with locked(folder):
+    options, folder, header = by_first_rank(open_run, argv)
+    with contextlib.nullcontext() if RANK else locked(folder):
         task, model = build(vars(options))
         print_facts(options, folder, header, task, model)
         held_out, log = draw_held_out(task, options), []
@@ -896,7 +928,7 @@ def in_one_line(program: str, function, *arguments) -> int:
         function(*arguments)
         return 0
     except Halt as halt:
-        code, text = halt.code, str(halt)
+        code, text = halt.code, str(halt) if RANK == 0 else ""
     except KeyboardInterrupt:
         code, text = 130, "stopped at once; what was saved before stands"
     except OSError as error:
@@ -909,9 +941,10 @@ def in_one_line(program: str, function, *arguments) -> int:
         elif re.search(r"C(\+\+)? compiler", text):
             text = ("error: Triton finds no C compiler for its kernels; --dtype float32 --fast "
                     "graph, or --device cpu, must do without")
-        else:
+        elif RANK == 0:
             raise
-    print(f"{program}: {text}", file=sys.stderr)
+    if text:
+        print(f"{program}: {text}", file=sys.stderr)
     return code
 
 
