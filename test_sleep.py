@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -745,7 +746,44 @@ def read_gsm(task, tokens, targets):
     return statements, needed, question[1]
 
 
-READ = {Depo: read_depo, GSM: read_gsm}
+def read_rule110(task, tokens, targets):
+    """The states of a sequence. Asserts the layout, and targets found cell by cell."""
+    n, states = task.cells, tokens[:task.states * task.cells]
+    states = [states[i:i + n] for i in range(0, len(states), n)]
+    answers = []
+    for state in states:
+        for _ in range(task.t):
+            state = [task.automaton >> (4 * state[i - 1] + 2 * state[i] + state[(i + 1) % n]) & 1
+                     for i in range(n)]
+        answers.append(state[0])
+    assert tokens[n * task.states:] == [task.QUERY, *answers[:-1]]
+    assert targets == [IGNORE] * (n * task.states) + answers
+    return states
+
+
+# How to read a task's sequence from its tokens alone, and assert its targets without its own code.
+READ = {Rule110: read_rule110, Depo: read_depo, GSM: read_gsm}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_keeps_its_promises(name):
+    """Guards a new task: targets that are wrong, a layout that moves, a split that overlaps."""
+    task = TASKS[name]()
+    assert type(task) in READ, f"add a function that reads {type(task).__name__} to READ"
+    assert len(task.words) == task.vocab_size and isinstance(task.title(), str)
+    seen = {}
+    for split, level in product(("train", "held-out"), (None, *task.levels)):
+        state = torch.get_rng_state()
+        tokens, targets = task.batch(40, generator(1, 0), split, level)
+        assert all(map(torch.equal, (tokens, targets),
+                       task.batch(40, generator(1, 0), split, level)))
+        assert torch.equal(state, torch.get_rng_state()), "draw from the generator given only"
+        assert tokens.shape == targets.shape == (40, task.length)
+        assert (targets[:, :task.scored_from] == IGNORE).all() and (targets != IGNORE).any(1).all()
+        for row in zip(tokens.tolist(), targets.tolist()):
+            READ[type(task)](task, *row)
+        seen.setdefault(split, set()).update(map(tuple, tokens[:, :task.scored_from].tolist()))
+    assert not seen["train"] & seen["held-out"]
 
 
 def kind(task):
@@ -1290,23 +1328,17 @@ def recorded(monkeypatch):
     return used
 
 
-def test_random_loops_and_seen_batches(tmp_path, capsys, monkeypatch):
-    """Guards two promises: N is a function of (seed, step); `seen` are the first sequences read."""
-    parse = train.get_parser().parse_args
-    arguments = "--loops 2 --loops_schedule 1,2 --loops_random"
-    one, two = (parse([*TINY, *arguments.split(), f"--seed={seed}"]) for seed in (1, 2))
-    drawn = [[train.passes_of(options, step, 2) for step in range(200)]
-             for options in (one, one, two)]
-    assert drawn[0] == drawn[1] != drawn[2] and 70 < drawn[0].count(1) < 130
+def test_loops_of_a_schedule_and_seen_batches(tmp_path, monkeypatch):
+    """Guards two promises: each N for its part of the run; `seen` are the first sequences read."""
     used = recorded(monkeypatch)
-    _, records = run_of(tmp_path, "run", arguments + " --steps 6 --batch 4 --eval_size 16")
+    arguments = "--loops 2 --loops_schedule 1,2 --steps 6 --batch 4 --eval_size 16"
+    _, records = run_of(tmp_path, "run", arguments)
     trained = [(loops, tokens) for loops, tokens, training in used if training]
-    assert [loops for loops, _ in trained] == drawn[0][:6] and {1, 2} == set(drawn[0][:6])
-    assert records[-1]["token_passes"] == 4 * (8 * sum(drawn[0][:6]) + 6 * 2)
+    assert [loops for loops, _ in trained] == [1, 1, 1, 2, 2, 2]
+    assert records[-1]["token_passes"] == 4 * (8 * 9 + 6 * 2)
     assert "seen" in records[-1] and "seen" not in records[0]
     assert torch.equal(used[-1][1], torch.cat([tokens for _, tokens in trained[:4]]))
-    assert "loops_random: must come with" in refused(
-        capsys, [*TINY, "--loops_random", f"--out={tmp_path / 'new'}"])
+    one = train.get_parser().parse_args(TINY)
     one.batch, one.steps = 4, 9
     tokens, targets = train.seen(Rule110(4, 2, 1), one, 7)
     data = train.batches(Rule110(4, 2, 1), one, 0)
@@ -1413,7 +1445,7 @@ def test_bench(bench, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("options, named", [
     ("--init x", "--init: must"), ("--curriculum 1,2", "--curriculum: must"),
     ("--loops_schedule 1,2", "--loops_schedule: must"), ("--eval_loops 4", "--eval_loops: must"),
-    ("--loops_random", "--loops_random: must"), ("--resume x", "--resume: must"),
+    ("--resume x", "--resume: must"),
     ("--cells 2", "--cells 2: must"), ("--out missing/bench.jsonl", "--out missing/bench.jsonl: "),
     ("--task gsm --cells 4", "--cells 4: must"), ("--fast graph", "--fast graph: must")])
 def test_what_the_bench_refuses(bench, capsys, options, named):
@@ -1495,7 +1527,6 @@ def gpu_run(folder, fast, *options):
 @cuda
 @pytest.mark.parametrize("fast, options", [
     ("graph", []), ("graph", ["--loops_schedule=1,2"]), ("graph", ["--eviction=sliding"]),
-    ("graph", ["--loops_schedule=1,2", "--loops_random"]),
     ("graph", ["--layout=asmas", "--train=new"]), ("compile", []),
     ("compile", ["--loops_schedule=1,2", "--eviction=sliding"])])
 def test_fast_steps_equal_eager_steps(tmp_path, monkeypatch, fast, options):
@@ -2235,6 +2266,37 @@ def test_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(example, {})
     *_, bytes, answer = capsys.readouterr().out.splitlines()
     assert "'cache'" in bytes and re.fullmatch("last answer [01] of [01]", answer)
+
+
+def test_additions_of_the_readme_work(tmp_path):
+    """Guards "add a task" and "add an update rule": in a copy, made as the README says."""
+    for path in (*HERE.glob("*.*"), HERE / "results"):
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, tmp_path / path.name)
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    task, reader, rule, literal = (block for block in blocks if "def " in block)
+    for name, line, new in (
+            ("data.py", "\nTASKS = {", f'\n{task}\n\nTASKS = {{"parity": Parity, '),
+            ("train.py", "TASK_OPTIONS = {", 'TASK_OPTIONS = {"bits": "parity: bits to read (12)",'),
+            ("model.py", "\nRULES = {", f'\n{rule}\n\nRULES = {{"longhorn": longhorn, ')):
+        text = (tmp_path / name).read_text()
+        assert text.count(line) == 1
+        (tmp_path / name).write_text(text.replace(line, new))
+    with (tmp_path / "test_sleep.py").open("a") as tests:
+        tests.write(f"\n\n{reader}\n\n{literal}")
+
+    def run(*arguments):
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("results/render.py")
+    tests = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_sleep.py", "-k",
+                "promises or literal_form or rules_equal or pieces_of or rendered or aligns")
+    assert re.search(r"\d+ passed", tests) and "failed" not in tests
+    run("train.py", "--task=parity", "--bits=6", "--rule=longhorn", "--steps=2", "--batch=4",
+        "--d_model=16", "--device=cpu")
 
 
 def test_tests_of_the_readme_exist():

@@ -51,7 +51,7 @@ TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults 
     "modulus": "gsm: a prime; answers are 0 to modulus - 1 (11)",
     "variables": "gsm: names for variables (26)",
     "question": "gsm: asked first or last (first)"}
-TRAIN, EVAL, PASSES = 0, 1, 2  # streams of random numbers
+TRAIN, EVAL = 0, 1  # streams of random numbers
 CHUNK = 64          # training batches drawn in one call
 MOST = 2**31 - 1    # as an option's value
 MOST_PASSES = 1024  # of one sleep
@@ -146,8 +146,6 @@ def get_parser() -> argparse.ArgumentParser:
         help="wake: spend the N passes in the scored windows instead")
     add("--loops_schedule", type=counts, metavar="N[,N...]",
         help="train with these passes in equal parts of the run; None: N throughout")
-    add("--loops_random", action=yes_or_no, default=False,
-        help="take one of --loops_schedule at random in each step instead")
     add("--eval_loops", type=counts, metavar="N[,N...]",
         help="at the end, evaluate with other numbers of passes as well")
 
@@ -334,17 +332,17 @@ def capture(step, warm_up: int = 3):
 
 
 def fast_steps(model: Hybrid, optimizers: list[torch.optim.Optimizer], windows: list[Window],
-               fast: str, kept: int = 1):
+               fast: str):
     """-> step_of(N), the training step with N passes, as fast as --fast asks.
 
-    `kept` N keep their recording, and the memory it works in, at once.
+    One N at a time keeps its recording, and the memory it works in.
     """
     if fast == "compile":
         torch._dynamo.config.recompile_limit = 64  # of forms a block takes: kind, L, what is needed
         for block in model.layers:  # blocks of one kind and one L share what is compiled
             block.compile(dynamic=False)
 
-    @functools.lru_cache(maxsize=kept)
+    @functools.lru_cache(maxsize=1)
     def step_of(loops: int):
         step = make_step(model, optimizers, windows, loops)
         return step if fast == "eager" else capture(step)
@@ -362,15 +360,6 @@ def uncompiled(fast: str):
 def stage(values: list | None, step: int, steps: int, default=None):
     """Which of `values` holds at `step`, each for an equal part of the run."""
     return values[step * len(values) // steps] if values else default
-
-
-def passes_of(options: argparse.Namespace, step: int, loops: int) -> int:
-    """The N that this step trains with."""
-    values = options.loops_schedule
-    if options.loops_random:
-        draw = generator(options.seed, PASSES, step)
-        return values[torch.randint(len(values), (), generator=draw).item()]
-    return stage(values, step, options.steps, loops)
 
 
 def batches(task, options: argparse.Namespace, step: int):
@@ -599,8 +588,6 @@ def build(options: dict):
     if options["loops_schedule"] and options["loops"] != options["loops_schedule"][-1:]:
         schedule = ",".join(map(str, options["loops_schedule"]))
         raise ValueError(f"loops_schedule {schedule}: must end in the only N of --loops")
-    if options["loops_random"] and not options["loops_schedule"]:
-        raise ValueError("loops_random: must come with --loops_schedule")
     shape = {field.name: given[field.name] for field in fields(Config) if field.name in given}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(options["seed"])
@@ -810,8 +797,7 @@ def train_model(run: Run, stop: threading.Event):
     """Train to the last step. Raises Halt once `stop` is set, when the step in progress is done and
     saved, and at a loss or gradient that is not finite, without saving."""
     options, tokens = run.options, run.options.batch * run.task.length  # tokens of a step
-    step_of = fast_steps(run.model, run.optimizers, run.windows, options.fast,
-                         len(options.loops_schedule) if options.loops_random else 1)
+    step_of = fast_steps(run.model, run.optimizers, run.windows, options.fast)
     data = batches(run.task, options, run.step)
     with tqdm(desc=f"N = {run.loops}", total=options.steps * tokens, initial=run.step * tokens,
               unit="tok", unit_scale=True, disable=bool(RANK) or None, leave=False) as bar:
@@ -830,7 +816,7 @@ def train_model(run: Run, stop: threading.Event):
             factor = lr_factor(run.step, options.steps)
             for group, rate in zip(run.groups, (options.muon_lr, options.lr)):
                 group["lr"].fill_(rate * factor)
-            N = passes_of(options, run.step, run.loops)
+            N = stage(options.loops_schedule, run.step, options.steps, run.loops)
             run.unchecked.append(step_of(N)(*(x.chunk(RANKS)[RANK] for x in next(data))))
             run.step += 1
             run.token_passes += options.batch * passes_over(run.windows, N, run.model.config)

@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     argv, parser = sys.argv[1:] if argv is None else argv, train.get_parser()
     parser.prog, parser.description = "bench.py", __doc__
     given = parser.parse_args(argv)
-    for name in ("init", "curriculum", "loops_schedule", "loops_random", "eval_loops", "resume"):
+    for name in ("init", "curriculum", "loops_schedule", "eval_loops", "resume"):
         if getattr(given, name) != parser.get_default(name):
             parser.error(f"--{name}: must not be given to results/bench.py")
     if given.out and (given.out.exists() or not given.out.parent.is_dir()):
