@@ -85,6 +85,9 @@ class Config:
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of "
                                  + ", ".join(valid))
+        if self.sleep_at == "wake" and self.carry_S and set(self.layout) != {"a"}:
+            raise ValueError("sleep_at wake: must come with --no-carry_S, for the S that a pass "
+                             "leaves has read the whole window, answers included")
         i, j = self.core
         if not 0 <= i < j <= len(self.layout):
             raise ValueError(f"loop_blocks {i}:{j}: must be i:j with 0 <= i < j <= "

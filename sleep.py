@@ -57,7 +57,8 @@ def wake(model: Hybrid, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple
     """Read: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it. One ordinary pass.
 
     A window may be read in pieces, but for a model with positions in the window. loops > 1 is for
-    the comparison that spends the passes awake (sleep_at = "wake").
+    the comparison that spends the passes awake (sleep_at = "wake"), each from the window's S: the S
+    that a pass leaves has read all answers, which the next one must not see.
     """
     h, memory = passes(model, tokens, memory, loops)
     return model.unembed(h), memory

@@ -340,7 +340,8 @@ def test_attention_with_cache_equals_all_at_once(pieces):
     ("asas", 2, {"eviction": "sliding"}), ("as", 2, {"eviction": "none"}),
     ("asas", 3, {"loop_blocks": (1, 3)}), ("sas", 2, {"carry": "embed"}),
     ("sa", 3, {"carry_S": False}), ("sas", 2, {"carry_S": False, "loop_blocks": (1, 3)}),
-    ("asas", 2, {"sleep_at": "wake"}), ("as", 2, {"rule": "delta"}), ("as", 2, {"rule": "mamba2"}),
+    ("asas", 2, {"sleep_at": "wake", "carry_S": False}), ("aa", 2, {"sleep_at": "wake"}),
+    ("as", 2, {"rule": "delta"}), ("as", 2, {"rule": "mamba2"}),
     ("as", 2, {"position": "window"}),
     ("asam", 2, {"eviction": "sliding", "loop_blocks": (1, 4), "carry": "embed"})])
 def test_algorithm1_equals_its_words(layout, loops, variant):
@@ -435,7 +436,7 @@ def test_one_loop_with_a_cache_is_one_long_reading(eviction):
 
 
 @pytest.mark.parametrize("variant, loops, named", [
-    ({"sleep_at": "wake"}, 2, "loops 2"), ({}, 0, "loops 0"),
+    ({"sleep_at": "wake", "carry_S": False}, 2, "loops 2"), ({}, 0, "loops 0"),
     ({"position": "window"}, 1, "position window")])
 def test_stream_refuses_what_it_cannot_read(variant, loops, named):
     """Guards a silent mismatch: passes awake, or positions that a token by itself has not."""
@@ -545,12 +546,14 @@ def test_every_pass_contributes_its_gradient():
 
 # ---------------------------------------------------------------------------------- 6. independence
 
-def test_causality():
-    """Guards the future: a token's logits and every earlier one's do not depend on later tokens."""
-    model, tokens = hybrid(window=9), torch.randint(3, (2, 9))
+@pytest.mark.parametrize("loops", [1, 3])
+def test_causality(loops):
+    """Guards the future: a token's logits and every earlier one's do not depend on later tokens,
+    also where the passes are spent awake: S carried from pass to pass would tell the answers."""
+    model, tokens = hybrid(window=9, sleep_at="wake", carry_S=False), torch.randint(3, (2, 9))
     changed = tokens.clone()
     changed[:, 6] = (changed[:, 6] + 1) % 3
-    a, b = (wake(model, x, model.empty_memory(2))[0] for x in (tokens, changed))
+    a, b = (wake(model, x, model.empty_memory(2), loops)[0] for x in (tokens, changed))
     assert torch.equal(a[:, :6], b[:, :6]) and not torch.isclose(a[:, 6:], b[:, 6:]).all(-1).any()
 
 
@@ -1261,7 +1264,7 @@ def test_init_goes_on_from_a_trained_model(tmp_path):
 
 def test_inserted_memories_start_as_the_identity(tmp_path, capsys):
     """Guards the Ouro recipe: new blocks change nothing at first, and --train new only them."""
-    options = "--loops 2 --window 10 --sleep_at wake"
+    options = "--loops 2 --window 10 --sleep_at wake --no-carry_S"
     looped, records = run_of(tmp_path, "looped", options, "--layout aa")
     options += f" --layout ama --train new --init {looped}"
     _, same = run_of(tmp_path, "same", options)
@@ -1391,7 +1394,7 @@ def bench():
 
 
 @pytest.mark.parametrize("layout, loops, variant", [
-    ("asas", 1, {}), ("sa", 3, {}), ("as", 2, {"sleep_at": "wake"}),
+    ("asas", 1, {}), ("sa", 3, {}), ("as", 2, {"sleep_at": "wake", "carry_S": False}),
     ("asas", 3, {"loop_blocks": (1, 3)}), ("asas", 3, {"loop_blocks": (2, 4)})])
 def test_model_flops_by_counting(bench, layout, loops, variant):
     """Guards the share of the peak: the formula against torch's own count of a step's products."""
@@ -1729,7 +1732,7 @@ def test_a_night_is_what_algorithm1_does(options, tmp_path, capsys, monkeypatch)
 
 @pytest.mark.parametrize("options, named", [
     ("--position=window", "position window: must be none"),
-    ("--sleep_at=wake", "loops 2: must be 1"),
+    ("--sleep_at=wake --no-carry_S", "loops 2: must be 1"),
     ("--task=depo --nodes=4 --hops=2 --questions=2 --names=4 --window=8", "window 8: must leave")])
 def test_a_night_that_cannot_be_shown_is_refused(options, named, tmp_path, capsys):
     size = TINY[4:] if "--task" in options else TINY
@@ -1803,6 +1806,7 @@ def refused(capsys, arguments):
     ("--t", "-1"), ("--t", "x"), ("--cells", "2"), ("--states", "0"), ("--automaton", "256"),
     ("--rule", "mamba3"), ("--nodes", "9"), ("--loop_blocks", "1:3"), ("--loop_blocks", "1"),
     ("--loop_blocks", "1:1"), ("--loops_schedule", "1,4"), ("--init", ""), ("--eviction", "soft"),
+    ("--sleep_at", "wake"),
     ("--carry", "S"), ("--curriculum", "4,,8"),
     ("--curriculum", "hard"), ("--eval_loops", "0"), ("--init", "nowhere"), ("--train", "new"),
     ("--layout", "axs"), ("--layout", ""), ("--n_head", "3"), ("--n_head", "0"), ("--d_model", "0"),
@@ -2207,7 +2211,8 @@ def test_cost_of_loops_by_hand():
     windows = [Window(0, 5, False), Window(5, 8, True)]
     half = Config(3, 5, "asas", loop_blocks=(1, 3))
     assert train.passes_over(windows, 3, half) == 5 * 2 + 3
-    assert train.passes_over(windows, 3, replace(half, sleep_at="wake")) == 5 + 3 * 2
+    assert train.passes_over(windows, 3, replace(half, sleep_at="wake",
+                                                     carry_S=False)) == 5 + 3 * 2
     assert train.passes_over(windows, 3, replace(half, loop_blocks=None)) == 5 * 3 + 3
 
 

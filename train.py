@@ -143,7 +143,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--carry_S", action=yes_or_no, default=True,
         help="a pass starts from the S of the one before, or from the window's")
     add("--sleep_at", choices=CHOICES["sleep_at"], default="sleep",
-        help="wake: spend the N passes in the scored windows instead")
+        help="wake: spend the N passes in the scored windows instead (with --no-carry_S)")
     add("--loops_schedule", type=counts, metavar="N[,N...]",
         help="train with these passes in equal parts of the run; None: N throughout")
     add("--eval_loops", type=counts, metavar="N[,N...]",
