@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from functools import cache
 from importlib.util import find_spec
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ if __name__ == "__main__":  # run as a program, Python only looks beside this fi
     sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from results.bench import model_flops  # noqa: E402
 
 KINDS = r"Eq\.|Alg\.|Choice:|Differs:"  # of tags
 COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of N
@@ -40,7 +41,48 @@ SETTINGS = {  # name of the logs -> what tables and figures call it, its options
     "d20": ("rates fall later, SLEEP_DECAY=0.2", "--n_head 4 --muon_lr 4e-3")}
 SETTINGS_T = {12: (2344, "base m3 m2 h8 factor d20"), 10: (782, "base m3 m2 factor")}  # t -> steps
 FIG2A = {4: "converges", 8: "converges", **dict.fromkeys((10, 12, 14, 16), "ever more slowly")}
-WINDOW = "--paper --position window --n_head 4 --fast compile"
+PAPER = "--paper --fast compile"
+WINDOW = f"{PAPER} --position window --n_head 4"
+LONGER = 12, 16  # t of the runs with 160M tokens
+SUPPLY = {  # what the passes supply, t = 8
+    "embed": ("four blocks, every pass from the embedding", "--carry embed --loops 4"),
+    "resetS": ("four blocks, every pass from the window's S", "--no-carry_S --loops 4"),
+    "blocks8": ("eight blocks", "--layout asasasas --loops 1"),
+    "blocks2": ("two blocks", "--layout as --loops 1,2,4"),
+    "blocks2-embed": ("two blocks, from the embedding", "--layout as --carry embed --loops 2"),
+    "blocks2-resetS": ("two blocks, from the window's S", "--layout as --no-carry_S --loops 2"),
+    "position-blocks2": ("two blocks, with a position",
+                         "--layout as --position window --loops 1,2,4"),
+    "position-blocks2-embed": ("two blocks, with a position, from the embedding",
+                               "--layout as --position window --carry embed --loops 2"),
+    "position-blocks2-resetS": ("two blocks, with a position, from the window's S",
+                                "--layout as --position window --no-carry_S --loops 2")}
+WORTH = {  # other ways to spend the compute of N = 4: steps, options
+    "tokens": ("N = 1, four times the tokens", 12500, "--loops 1"),
+    "blocks8": ("N = 1, eight blocks", 3125, "--layout asasasas --loops 1"),
+    "blocks16": ("N = 1, sixteen blocks", 3125, "--layout asasasasasasasas --loops 1"),
+    "awake": ("N = 4 passes, spent awake", 3125, "--sleep_at wake --no-carry_S --loops 4"),
+    "rising": ("N = 1, then 2, then 4", 3125, "--loops_schedule 1,2,4 --loops 4")}
+WORTH_T = {12: "tokens blocks8 blocks16 rising", 16: "blocks8 rising"}  # t -> them
+SMALL = {
+    "base": ("the default, N = 1, 2, 4", "--loops 1,2,4"),
+    "position": ("with a position in the window", "--loops 1,2 --position window"),
+    "blocks4": ("twice the blocks", "--layout asas --loops 1"),
+    "tokens2": ("twice the tokens", "--loops 1 --steps 1600"),
+    "tokens4": ("four times the tokens", "--loops 1 --steps 3200"),
+    "wake": ("the passes spent awake", "--loops 2,4 --sleep_at wake --no-carry_S"),
+    "embed": ("every pass from the embedding", "--loops 2 --carry embed"),
+    "resetS": ("every pass from the window's S", "--loops 2 --no-carry_S"),
+    "delta": ("update without decay (DeltaNet)", "--loops 1,2 --rule delta"),
+    "mamba2": ("update without the delta rule (Mamba-2)", "--loops 1,2 --rule mamba2"),
+    "kept": ("the cache is kept", "--eviction none --loops 1,2"),
+    "attention": ("attention only", "--layout aa --loops 1,2"),
+    "attention-kept": ("attention only, the cache is kept",
+                       "--layout aa --eviction none --loops 1,2"),
+    "rising2": ("N = 1, then 2", "--loops 2 --loops_schedule 1,2"),
+    "rising4": ("N = 1, then 2, then 4", "--loops 4 --loops_schedule 1,2,4"),
+    "random": ("one model for every N: loops_random=True", "--loops 4 --loops_schedule 1,2,4"),
+    "curriculum": ("t = 1, then 2, 3, 4 (by t; the figure has t = 4)", "--loops 1,2 --curriculum 1,2,3,4")}
 
 # table -> its rows: experiment, what the paper has, options of train.py, logs
 TABLES = {
@@ -50,9 +92,24 @@ TABLES = {
          f"--paper {SETTINGS[name][1]} --fast compile --loops 1,4 --t {t} --steps {steps}",
          f"settings/{name}-t{t}-s*.jsonl")
         for t, (steps, names) in SETTINGS_T.items() for name in names.split()],
+    "fig2a": [
+        *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{PAPER} --loops 1,2,4 --t {t}",
+           f"fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
+        *((f"t = {t}, for longer", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
+           f"longer/t{t}-s*.jsonl") for t in LONGER)],
+    "supply": [(name, "-", f"{PAPER} {options} --t 8", f"supply/t8-{key}-s*.jsonl")
+               for key, (name, options) in SUPPLY.items()],
+    "worth": [(f"t = {t}: {name}", "-", f"{PAPER} {options} --t {t} --steps {steps}",
+               f"worth/t{t}-{key}-s*.jsonl")
+              for t, keys in WORTH_T.items() for key in keys.split()
+              for name, steps, options in [WORTH[key]]],
+    "small": [(name, "-", f"{options} --t 4", f"small/{key}-s*.jsonl")
+              for key, (name, options) in SMALL.items()],
     "position": [
         *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{WINDOW} --loops 1,2,4 --t {t}",
            f"window-position/fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
+        *((f"t = {t}, eight heads", "-", f"{PAPER} --position window --loops 1,4 --t {t}",
+           f"window-position/heads8/t{t}-s*.jsonl") for t in (10, 12)),
         *((f"t = {t}, two blocks", "-", f"{WINDOW} --layout as --loops 1,2,4 --t {t}",
            f"window-position/two-blocks/t{t}-s*.jsonl") for t in (8, 10)),
         ("t = 32 (Fig. 2b)", "after 4 to 5 billion tokens N = 1 about 10, N = 2 about 20, N = 3 "
@@ -98,9 +155,11 @@ def experiment(pattern: str) -> tuple[list[int], list[Log]]:
         wrong += [f"{log.name} has {name} {had[name]}, not {value}"
                   for name, value in options.items()
                   if name not in FREE and value not in ("auto", had[name])]
-        patch = {f"{knob}={value}" for knob, value in log.header.get("patch", {}).items()}
+        patch = {f"{knob}={value}" for knob, value in (
+            log.header.get("patch", {}) | {name: x for name, x in log.header["config"].items()
+                                           if x is True and name not in default}).items()}
         wrong += [f"{log.name}: its patch and its row's name differ in {switch}"
-                  for switch in patch ^ {*re.findall(r"[A-Z_]+=\S+", row)}]
+                  for switch in patch ^ {*re.findall(r"[A-Za-z_]+=\S+", row)}]
         wrong += [f"{log.name} ends at step {record['step']} for N = {n}, not {options['steps']}"
                   for n, record in log.last.items() if record["step"] != options["steps"]]
     ran = [(log.header["config"]["seed"], n) for log in logs for n in log.last]
@@ -158,6 +217,29 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
+def asked_table() -> str:
+    """Exact accuracy of models trained with one N and asked after another number of passes."""
+    rows, others = [], ["1", "2", "3", "4", "8"]
+    for key, name in ("base", "N = {}"), ("random", "N = 1, 2 or 4, drawn in each step"):
+        for n in experiment(pattern := f"small/{key}-s*.jsonl")[0]:
+            records = [record["eval_loops"] for record in ends(pattern, n)]
+            rows.append([name.format(n), *(
+                mean_and_range([100 * record[other]["exact"] for record in records])
+                if other in records[0] else "-" for other in others)])
+    return table(" | ".join(["trained with", *(f"asked after {n}" for n in others)]), rows)
+
+
+def dream_table() -> str:
+    """The last evaluation of results/dream.py: every N that it ended with."""
+    [(_, header, records, _)] = read("dream/*.jsonl")
+    steps = records[-1]["step"]
+    return table("N | t | said right, % | exact, % | floor | tokens | minutes | commit", [
+        [f"{x['loops']}", f"{x['t']}", *(f"{100 * x[name]:.2f}" for name in (
+            "said", "exact", "floor")), f"{x['tokens'] / 1e6:.1f}M",
+         f"{x['seconds'] / 60:.1f} {card(header)}", header["commit"]]
+        for x in records if x["step"] == steps])
+
+
 def speed_tables() -> str:
     """The rows of every log of results/bench.py that is here, and the figure of them."""
     rows, held = [], []
@@ -179,14 +261,16 @@ def speed_tables() -> str:
         table("device | windows read | tokens | S, bytes | cache, bytes | "
               "cache if never evicted, bytes (computed)", held),
         "![Training tokens a second, against N and against L](speed.svg)"
-    ]) if rows else "No log of `results/bench.py` is here yet."
+    ])
 
 
 def filled(text: str) -> str:
     """results/README.md with every table as the logs have it."""
     made = {name: table("experiment | paper | `python train.py` ... | exact, % | floor | seeds | "
                         "tokens | minutes | commit | logs", [row_of(*row) for row in rows])
-            for name, rows in TABLES.items()} | {"speed": speed_tables()}
+            for name, rows in TABLES.items()}
+    made |= {"asked": asked_table(), "dream": dream_table(),
+             "speed": speed_tables()}
     block = re.compile(r"^<!-- table: (.*) -->\n(?:.*\n)*?<!-- end -->$", re.M)
     agree("results/README.md: table", block.findall(text), "results/render.py", [*made])
     return block.sub(lambda match: f"<!-- table: {match[1]} -->\n{made[match[1]]}\n<!-- end -->",
@@ -238,7 +322,8 @@ def band(axis, points: dict[float, list[float]], colour, label: str, **style):
 
 
 def exact(records: list[dict]) -> list[float]:
-    return [100 * record["exact"] for record in records]
+    """Of each record, in %: at the hardest level, where there are several."""
+    return [100 * [*record.get("levels", {0: record}).values()][-1]["exact"] for record in records]
 
 
 def against_tokens(axis, pattern: str, n: int, label: str, **style):
@@ -268,6 +353,100 @@ def laptop(figure):
         against_tokens(axis, pattern, n, f"N = {n}")
     floor_line(axis, pattern)
     axis.set(xlabel="training tokens, millions", ylabel="exact, %", ylim=(0, 102))
+    outside(axis)
+
+
+def fig2a(figure):
+    """The paper's Fig. 2a: exact accuracy by t after 40M tokens, and in the course of longer runs.
+    """
+    left, *right = figure.subplots(1, 1 + len(LONGER), sharey=True)
+    for n in (1, 2, 4):
+        band(left, {t: exact(ends(f"fig2a/t{t}-s*.jsonl", n)) for t in FIG2A}, COLOURS[n],
+             f"N = {n}", marker="o", ms=3)
+        for axis, t in zip(right, LONGER):
+            against_tokens(axis, f"longer/t{t}-s*.jsonl", n, f"N = {n}")
+    left.plot([*FIG2A], [100 * ends(f"fig2a/t{t}-s*.jsonl", 1)[0]["floor"] for t in FIG2A],
+              color="black", lw=0.8, ls="--", label="floor")
+    left.set(title="after 40M tokens", xlabel="t, steps of the automaton", xticks=[*FIG2A],
+             ylabel="exact, %", ylim=(0, 102))
+    for axis, t in zip(right, LONGER):
+        floor_line(axis, f"longer/t{t}-s*.jsonl")
+        axis.set(title=f"t = {t}", xlabel="training tokens, millions")
+    outside(right[-1])
+
+
+def flops(config: dict, n: int) -> list[float]:
+    """FLOPs of the first 0, 1, ... steps of a training, as results/bench.py counts them."""
+    task, model = train.build(config | {"dtype": "float32"})
+    windows, schedule = train.windows_of(task, model.config.window), config["loops_schedule"]
+    of = {N: config["batch"] * model_flops(model, windows, N) for N in schedule or [n]}
+    return [0, *accumulate(of[train.stage(schedule, step, config["steps"], n)]
+                           for step in range(config["steps"]))]
+
+
+def worth(figure):
+    """Ways to spend compute: means over seeds against training FLOPs and tokens in the course of
+    training, and a dot for each seed at its end against parameters."""
+    figure.set_size_inches(7, 4.6)
+    styles = {"tokens": "--", "blocks8": "-.", "blocks16": ":", "awake": ":", "rising": "--"}
+    for row, (t, keys) in zip(figure.subplots(2, 3, sharey=True, sharex="col"), WORTH_T.items()):
+        runs = [(f"N = {n}", f"longer/t{t}-s*.jsonl", n, "-") for n in (1, 2, 4)]
+        runs += [(WORTH[key][0], f"worth/t{t}-{key}-s*.jsonl", int(WORTH[key][2][-1]), styles[key])
+                 for key in keys.split()]
+        for name, pattern, n, style in runs:
+            config, points = experiment(pattern)[1][0].header["config"], defaultdict(list)
+            for log in experiment(pattern)[1]:
+                for record in log.records:
+                    if record["loops"] == n:
+                        points[record["step"]] += exact([record])
+            y, spent = [sum(x) / len(x) for x in points.values()], flops(config, n)
+            tokens = ends(pattern, n)[0]["tokens"] / config["steps"]
+            look = {"color": COLOURS[n], "ls": style, "lw": 1.2}
+            row[0].plot([spent[step] / 1e15 for step in points], y, **look)
+            row[1].plot([step * tokens / 1e6 for step in points], y, **look, label=name)
+            _, model = train.build(config | {"dtype": "float32"})
+            last = points[config["steps"]]
+            row[2].plot([train.parameters_of(model) / 1e6] * len(last), last, "o", ms=4, mew=0,
+                        alpha=0.7, color=COLOURS[n])
+        row[0].set(ylabel=f"exact, %, t = {t}", ylim=(0, 103))
+        for axis in row:
+            axis.axhline(100 * log.records[0]["floor"], color="black", lw=0.8, ls="--")
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right upper",
+                  fontsize=7)
+    for axis, label in zip(row, ("training PFLOPs", "tokens, millions", "parameters, millions")):
+        axis.set(xlabel=label)
+
+
+def small(figure):
+    """The variants of the default run: a dot for each seed, a dash for their mean."""
+    figure.set_size_inches(7, 4.2)
+    axis = figure.subplots()
+    for y, key in enumerate(SMALL):
+        loops, _ = experiment(pattern := f"small/{key}-s*.jsonl")
+        for n in loops:
+            x = exact(ends(pattern, n))
+            shift = {1: -0.2, 2: 0, 4: 0.2}[n]
+            axis.plot(x, [y + shift] * len(x), "o", ms=3.5, mew=0, alpha=0.7, color=COLOURS[n])
+            axis.plot(sum(x) / len(x), y + shift, "|", ms=8, color=COLOURS[n])
+    for n in (1, 2, 4):
+        axis.plot([], [], "o", ms=4, color=COLOURS[n], label=f"N = {n}")
+    axis.axvline(100 * ends("small/base-s*.jsonl", 1)[0]["floor"], color="black", lw=0.8, ls="--",
+                 label="floor")
+    axis.set(xlabel="exact, %", xlim=(0, 102), yticks=range(len(SMALL)), ylim=(len(SMALL), -1))
+    axis.set_yticklabels([name for name, _ in SMALL.values()], fontsize=8)
+    outside(axis)
+
+
+def asked(figure):
+    """A model trained with N passes, asked after fewer and more: a dot for each seed."""
+    axis, pattern = figure.subplots(), "small/base-s*.jsonl"
+    for n in experiment(pattern)[0]:
+        records = ends(pattern, n)
+        band(axis, {int(other): [100 * record["eval_loops"][other]["exact"] for record in records]
+                    for other in records[0]["eval_loops"]}, COLOURS[n], f"trained with N = {n}",
+             marker="o", ms=3)
+    floor_line(axis, pattern)
+    axis.set(xlabel="passes asleep", ylabel="exact, %", ylim=(0, 102), xticks=[1, 2, 3, 4, 8])
     outside(axis)
 
 
@@ -399,7 +578,7 @@ def draw(folder: Path):
     from matplotlib.figure import Figure
     look = {"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    for make in (laptop, settings, position, *[speed] * bool(read("bench/*.jsonl"))):
+    for make in (laptop, asked, fig2a, worth, small, settings, position, speed):
         with matplotlib.rc_context(look):
             make(figure := Figure(figsize=(7, 2.8), layout="constrained"))
             figure.savefig(svg := io.BytesIO(), format="svg",
