@@ -291,11 +291,12 @@ def by_first_rank(function, *arguments):
     GPU for each; each trains its rows of every batch, and the first alone writes and speaks."""
     if RANKS == 1:
         return function(*arguments)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     dist.broadcast_object_list(result := [None if RANK else function(*arguments)])
-    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     return result[0]
 
 

@@ -1,7 +1,8 @@
 """Speed and memory in training and in use: python results/bench.py [--out FILE.jsonl] [OPTIONS].
 
 OPTIONS are those of train.py, by default the size of the paper's Rule 110 runs and N = 1, 2, 4, 8.
---out is a new file here, not a folder; without it the tables are only printed.
+--out is a new file here, not a folder; without it the tables are only printed. On several GPUs:
+torchrun --nproc_per_node=4 results/bench.py ...; --batch is of all of them together.
 """
 
 import argparse
@@ -75,7 +76,8 @@ def bench_row(options: argparse.Namespace, loops: int) -> dict:
     began, ready = default_timer(), []
     optimizers = train.make_optimizers(model, options.muon_lr, options.lr)
     step = train.fast_steps(model, optimizers, windows, options.fast)(loops)
-    data = train.batches(task, options, 0)
+    data = (tuple(x.chunk(train.RANKS)[train.RANK] for x in batch)
+            for batch in train.batches(task, options, 0))
     for _ in range(5 if device == "cuda" else 2):  # up to and beyond the capture
         step(*next(data)).tolist()
         ready.append(default_timer() - began)
@@ -83,11 +85,12 @@ def bench_row(options: argparse.Namespace, loops: int) -> dict:
     at_once = train.CHECK_EVERY if device == "cuda" else 1
     while steps < STEPS or spent < SECONDS:
         torch.stack([step(*next(data)) for _ in range(at_once)]).tolist()  # waits for the device
-        steps, spent = steps + at_once, default_timer() - began
+        steps, spent = steps + at_once, train.by_first_rank(lambda: default_timer() - began)
     peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
     return {"loops": loops, "window": model.config.window, "ms": 1e3 * spent / steps,
             "tokens_per_s": options.batch * task.length * steps / spent,
-            "flops": options.batch * model_flops(model, windows, loops) * steps / spent,
+            "flops": (options.batch / train.RANKS * model_flops(model, windows, loops)
+                      * steps / spent),
             "first_step_s": ready[0], "ready_s": ready[-1], **peak, **use}
 
 
@@ -112,7 +115,7 @@ def run_bench(options: argparse.Namespace, hardware: str):
     a, b = torch.randn(2, size, size, device=options.device).to(getattr(torch, options.dtype))
     rate = 2 * size**3 / fastest(lambda: a @ b, options.device, times)
     del a, b  # they would count among the peak bytes
-    yield {"matrix_rate": rate}
+    yield {"matrix_rate": rate, "ranks": train.RANKS}
     task, model = train.build(vars(options))
     print(f"{task.title()}; {options.layout}, d = {options.d_model}, batch {options.batch}\n"
           f"{hardware}, {options.dtype}, {options.fast}; peak = {rate:.3g} FLOP/s, measured\n"
@@ -159,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     log, options = [header], argparse.Namespace(**options)
 
     def measure():
+        train.by_first_rank(bool)  # torchrun's processes meet here
         for record in run_bench(options, header["hardware"]):
             log.append(record)
             if given.out:  # after every row, so that what ends the bench loses none

@@ -82,7 +82,8 @@ SMALL = {
     "rising2": ("N = 1, then 2", "--loops 2 --loops_schedule 1,2"),
     "rising4": ("N = 1, then 2, then 4", "--loops 4 --loops_schedule 1,2,4"),
     "random": ("one model for every N: loops_random=True", "--loops 4 --loops_schedule 1,2,4"),
-    "curriculum": ("t = 1, then 2, 3, 4 (by t; the figure has t = 4)", "--loops 1,2 --curriculum 1,2,3,4")}
+    "curriculum": ("t = 1, then 2, 3, 4 (by t; the figure has t = 4)",
+                   "--loops 1,2 --curriculum 1,2,3,4")}
 
 # table -> its rows: experiment, what the paper has, options of train.py, logs
 TABLES = {
@@ -247,7 +248,9 @@ def speed_tables() -> str:
         for row in records:
             if "ms" in row:
                 peak = f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else "-"
-                rows.append([card(header), f"{header['config']['batch']}", f"{row['loops']}",
+                ranks = first.get("ranks", 1)
+                cards = f"{ranks} x " * (ranks > 1) + card(header)
+                rows.append([cards, f"{header['config']['batch']}", f"{row['loops']}",
                              f"{row['window']}", f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.0f}",
                              f"{row['flops'] / first['matrix_rate']:.1%}", peak,
                              *(f"{row[name]:.1f}" for name in (
