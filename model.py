@@ -363,7 +363,7 @@ class Hybrid(nn.Module):
         self.config = config
         self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.d_model))
         self.position = (nn.Parameter(0.5 * torch.randn(config.window, config.d_model))
-                         if config.position == "window" else None)  # Differs: window position
+                         if config.position == "window" else None)  # Choice: no window position
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layout)  # Eq. (4), (5)
         self.out = Matrices(config.d_model, config.vocab_size)
         nn.init.zeros_(self.out.weight)  # Choice: start values

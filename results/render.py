@@ -61,7 +61,6 @@ WORTH = {  # other ways to spend the compute of N = 4: steps, options
     "tokens": ("N = 1, four times the tokens", 12500, "--loops 1"),
     "blocks8": ("N = 1, eight blocks", 3125, "--layout asasasas --loops 1"),
     "blocks16": ("N = 1, sixteen blocks", 3125, "--layout asasasasasasasas --loops 1"),
-    "awake": ("N = 4 passes, spent awake", 3125, "--sleep_at wake --no-carry_S --loops 4"),
     "rising": ("N = 1, then 2, then 4", 3125, "--loops_schedule 1,2,4 --loops 4")}
 WORTH_T = {12: "tokens blocks8 blocks16 rising", 16: "blocks8 rising"}  # t -> them
 SMALL = {
@@ -85,6 +84,9 @@ SMALL = {
     "curriculum": ("t = 1, then 2, 3, 4 (by t; the figure has t = 4)",
                    "--loops 1,2 --curriculum 1,2,3,4")}
 
+LONGER_ROWS = [(f"t = {t}, for longer", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
+                f"longer/t{t}-s*.jsonl") for t in LONGER]
+
 # table -> its rows: experiment, what the paper has, options of train.py, logs
 TABLES = {
     "laptop": [("Rule 110, every option at its default", "-", "--t 4", "laptop/seed*.jsonl")],
@@ -96,14 +98,14 @@ TABLES = {
     "fig2a": [
         *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{PAPER} --loops 1,2,4 --t {t}",
            f"fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
-        *((f"t = {t}, for longer", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
-           f"longer/t{t}-s*.jsonl") for t in LONGER)],
+        *LONGER_ROWS],
     "supply": [(name, "-", f"{PAPER} {options} --t 8", f"supply/t8-{key}-s*.jsonl")
                for key, (name, options) in SUPPLY.items()],
-    "worth": [(f"t = {t}: {name}", "-", f"{PAPER} {options} --t {t} --steps {steps}",
-               f"worth/t{t}-{key}-s*.jsonl")
-              for t, keys in WORTH_T.items() for key in keys.split()
-              for name, steps, options in [WORTH[key]]],
+    "worth": [*LONGER_ROWS,
+              *((f"t = {t}: {name}", "-", f"{PAPER} {options} --t {t} --steps {steps}",
+                 f"worth/t{t}-{key}-s*.jsonl")
+                for t, keys in WORTH_T.items() for key in keys.split()
+                for name, steps, options in [WORTH[key]])],
     "small": [(name, "-", f"{options} --t 4", f"small/{key}-s*.jsonl")
               for key, (name, options) in SMALL.items()],
     "position": [
@@ -218,6 +220,21 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
+def flops(config: dict, n: int) -> list[float]:
+    """FLOPs of the first 0, 1, ... steps of a training, as results/bench.py counts them."""
+    task, model = train.build(config | {"dtype": "float32"})
+    windows, schedule = train.windows_of(task, model.config.window), config["loops_schedule"]
+    of = {N: config["batch"] * model_flops(model, windows, N) for N in schedule or [n]}
+    return [0, *accumulate(of[train.stage(schedule, step, config["steps"], n)]
+                           for step in range(config["steps"]))]
+
+
+def compute(pattern: str) -> str:
+    """What the training of each N took, in 10^15 FLOPs."""
+    loops, (log, *_) = experiment(pattern)
+    return "; ".join(f"N = {n}: {flops(log.header['config'], n)[-1] / 1e15:.1f}" for n in loops)
+
+
 def asked_table() -> str:
     """Exact accuracy of models trained with one N and asked after another number of passes."""
     rows, others = [], ["1", "2", "3", "4", "8"]
@@ -269,9 +286,11 @@ def speed_tables() -> str:
 
 def filled(text: str) -> str:
     """results/README.md with every table as the logs have it."""
-    made = {name: table("experiment | paper | `python train.py` ... | exact, % | floor | seeds | "
-                        "tokens | minutes | commit | logs", [row_of(*row) for row in rows])
-            for name, rows in TABLES.items()}
+    head = ("experiment | paper | `python train.py` ... | exact, % | floor | seeds | tokens | "
+            "minutes | commit | logs")
+    made = {name: table(head, [row_of(*row) for row in rows]) for name, rows in TABLES.items()}
+    made["worth"] = table(f"{head} | PFLOPs", [[*row_of(*row), compute(row[-1])]
+                                               for row in TABLES["worth"]])
     made |= {"asked": asked_table(), "dream": dream_table(),
              "speed": speed_tables()}
     block = re.compile(r"^<!-- table: (.*) -->\n(?:.*\n)*?<!-- end -->$", re.M)
@@ -378,20 +397,11 @@ def fig2a(figure):
     outside(right[-1])
 
 
-def flops(config: dict, n: int) -> list[float]:
-    """FLOPs of the first 0, 1, ... steps of a training, as results/bench.py counts them."""
-    task, model = train.build(config | {"dtype": "float32"})
-    windows, schedule = train.windows_of(task, model.config.window), config["loops_schedule"]
-    of = {N: config["batch"] * model_flops(model, windows, N) for N in schedule or [n]}
-    return [0, *accumulate(of[train.stage(schedule, step, config["steps"], n)]
-                           for step in range(config["steps"]))]
-
-
 def worth(figure):
     """Ways to spend compute: means over seeds against training FLOPs and tokens in the course of
     training, and a dot for each seed at its end against parameters."""
     figure.set_size_inches(7, 4.6)
-    styles = {"tokens": "--", "blocks8": "-.", "blocks16": ":", "awake": ":", "rising": "--"}
+    styles = {"tokens": "--", "blocks8": "-.", "blocks16": ":", "rising": "--"}
     for row, (t, keys) in zip(figure.subplots(2, 3, sharey=True, sharex="col"), WORTH_T.items()):
         runs = [(f"N = {n}", f"longer/t{t}-s*.jsonl", n, "-") for n in (1, 2, 4)]
         runs += [(WORTH[key][0], f"worth/t{t}-{key}-s*.jsonl", int(WORTH[key][2][-1]), styles[key])
