@@ -85,13 +85,16 @@ class Config:
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be one of "
                                  + ", ".join(valid))
-        if self.sleep_at == "wake" and self.carry_S and set(self.layout) != {"a"}:
-            raise ValueError("sleep_at wake: must come with --no-carry_S, for the S that a pass "
-                             "leaves has read the whole window, answers included")
         i, j = self.core
         if not 0 <= i < j <= len(self.layout):
             raise ValueError(f"loop_blocks {i}:{j}: must be i:j with 0 <= i < j <= "
                              f"{len(self.layout)}, the number of blocks")
+        if self.sleep_at == "wake" and self.carry_S and set(self.layout) != {"a"}:
+            raise ValueError("sleep_at wake: must come with --no-carry_S, for the S that a pass "
+                             "leaves has read the whole window, answers included")
+        if self.carry == "embed" and (not self.carry_S or set(self.layout[i:j]) == {"a"}):
+            raise ValueError("carry embed: must come with an S that is carried, or all passes "
+                             "would be the same")
 
     @property
     def core(self) -> tuple[int, int]:
@@ -402,8 +405,7 @@ class Hybrid(nn.Module):
         """
         cache, S = list(memory.cache), list(memory.S)
         for i in range(start, stop):
-            h, cache[i], S[i] = self.layers[i](h, cache[i], S[i],
-                                              need_h=need_h or i < stop - 1)
+            h, cache[i], S[i] = self.layers[i](h, cache[i], S[i], need_h=need_h or i < stop - 1)
         return h, Memory(tuple(cache), tuple(S))
 
     def unembed(self, h: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ def wake(model: Hybrid, tokens: Tensor, memory: Memory, loops: int = 1) -> tuple
     """Read: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it. One ordinary pass.
 
     A window may be read in pieces, but for a model with positions in the window. loops > 1 is for
-    the comparison that spends the passes awake (sleep_at = "wake"), each from the window's S: the S
-    that a pass leaves has read all answers, which the next one must not see.
+    the comparison that spends the passes awake (sleep_at = "wake", carry_S = False: the S that a
+    pass leaves has read answers that the next one must not see).
     """
     h, memory = passes(model, tokens, memory, loops)
     return model.unembed(h), memory
@@ -200,20 +200,22 @@ def night(argv: list[str]):
     Behind each pass stands what it would answer at the end, had that night ended there: from a copy
     of the memory, with all other nights as they are. The run itself goes on undisturbed.
     """
-    from train import Halt, Parser, load, reading  # only here: nothing above knows of a run
+    from train import UNREADABLE, Halt, Parser, load, windows_of  # nothing above knows of a run
     parser = Parser(prog="sleep.py", description="Watch a trained model read, sleep and answer.")
     parser.add_argument("run", nargs="?", type=Path, help="a run's folder, for its largest N, or a "
                         "checkpoint N*.pt; default: the newest run under out/")
     path = parser.parse_args(argv).run or max(
         Path("out").rglob("N*.pt"), key=os.path.getmtime, default=Path("out/none")).parent
-    path = max(path.glob("N*.pt"), key=lambda file: int(file.stem[1:]), default=path)
+    path = max(path.glob("N*.pt"), key=lambda file: (len(file.stem), file.stem), default=path)
     if not path.is_file():
         raise Halt(2, f"error: {path}: must hold a checkpoint N*.pt; python train.py makes one")
-    with reading(path):
+    try:
         task, model, loops = load(path)
+    except UNREADABLE:
+        raise Halt(2, f"error: {path}: must be a checkpoint that this train.py made") from None
     random, L, keep = torch.Generator().manual_seed(0), model.config.window, model.config.keep
     tokens, targets = task.batch(1, random, "held-out", task.levels[-1])
-    *asleep, (asked, _, _) = windows = cut(targets, L)
+    *asleep, (asked, _, _) = windows = windows_of(task, L)
     labels, logits = targets[targets >= 0], []
     try:
         stream = Stream(model, loops)
@@ -238,7 +240,9 @@ def night(argv: list[str]):
         for i, token in enumerate(window.T, 1):
             logits.append(stream.feed(token))
             if i % line == 0 or i == stop - start:
-                memory = stream.memory if i < L else wake(model, window, begun)[1]  # before a sleep
+                memory = stream.memory
+                if i == L:  # as it was before the sleep
+                    memory = evict(wake(model, window, begun)[1], keep or None)
                 words = " ".join(task.words[x] for x in window[0, (i - 1) // line * line:i])
                 print(f"window {number}  reads {words} -> {held(memory)}")
         memory = begun

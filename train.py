@@ -66,7 +66,8 @@ PAPER = {"layout": "asas", "d_model": 256, "n_head": 8, "cells": 24, "states": 4
          "steps": 782, "muon_lr": 4e-3}
 START = "start.pt"  # what --init gave, kept in the run's folder
 LEFT_OUT = "out", "resume", "paper"  # of a run's configuration
-RANK, RANKS = (int(os.environ.get(name, x)) for name, x in (("RANK", 0), ("WORLD_SIZE", 1)))
+RANK, RANKS = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else least
+               for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -287,16 +288,24 @@ def of_all_ranks(model: Hybrid, loss: Tensor, scored: Tensor) -> Tensor:
 
 
 def by_first_rank(function, *arguments):
-    """function(*arguments), called in one process for all. torchrun starts RANKS of this program, a
-    GPU for each; each trains its rows of every batch, and the first alone writes and speaks."""
+    """function(*arguments), called in one process for all; what ends it there ends all. torchrun
+    starts RANKS of this program on one host, a GPU for each; each trains its rows of every batch,
+    and the first alone writes and speaks."""
     if RANKS == 1:
         return function(*arguments)
     if not dist.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(RANK % torch.cuda.device_count())
         dist.init_process_group()
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-    dist.broadcast_object_list(result := [None if RANK else function(*arguments)])
+    ended = None
+    try:
+        result = [None if RANK else function(*arguments)]
+    except (SystemExit, Halt) as error:
+        ended, result = error, [SystemExit(error.code)]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], SystemExit):
+        raise ended or result[0]
     return result[0]
 
 
@@ -463,9 +472,11 @@ def make_header(argv: list[str], options: dict, program: str = "train.py") -> di
     with contextlib.suppress(OSError):  # no git; or a copy inside another repository
         if git("ls-files", "--error-unmatch", Path(__file__).name).returncode == 0:
             commit = git("describe", "--always", "--dirty", "--abbrev=10").stdout.strip()
-    hardware = (torch.cuda.get_device_name() if options["device"] == "cuda"
-                else f"CPU, {torch.get_num_threads()} threads")
-    return {"command": shlex.join(["python", program, *argv]),
+    hardware = f"{RANKS} x " * (RANKS > 1) + (
+        torch.cuda.get_device_name() if options["device"] == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads")
+    python = ["python"] if RANKS == 1 else ["torchrun", f"--nproc_per_node={RANKS}"]
+    return {"command": shlex.join([*python, program, *argv]),
             "commit": os.environ.get("COMMIT") or commit or "unknown",  # COMMIT: copies without git
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
@@ -633,6 +644,8 @@ def settle(parser: Parser, options: dict, source: str = "--device cuda"):
         parser.error(f"--{error}")
     if options["batch"] % RANKS:
         parser.error(f"--batch {options['batch']}: must be a multiple of the {RANKS} processes")
+    if options["device"] == "cuda" and torch.cuda.device_count() < RANKS:
+        parser.error(f"--device cuda: must have a GPU for each of the {RANKS} processes")
     options |= {name: getattr(task, name) for name in TASK_OPTIONS if hasattr(task, name)}
     if options["fast"] == "auto":
         work = parameters_of(model) * options["steps"] * options["batch"] * passes_over(
@@ -915,9 +928,9 @@ def in_one_line(program: str, function, *arguments) -> int:
         function(*arguments)
         return 0
     except Halt as halt:
-        code, text = halt.code, str(halt) if RANK == 0 else ""
+        code, text = halt.code, "" if RANK else str(halt)
     except KeyboardInterrupt:
-        code, text = 130, "stopped at once; what was saved before stands"
+        code, text = 130, "" if RANK else "stopped at once; what was saved before stands"
     except OSError as error:
         code, text = 2, f"error: {error}"
     except (RuntimeError, MemoryError) as error:
@@ -928,7 +941,9 @@ def in_one_line(program: str, function, *arguments) -> int:
         elif re.search(r"C(\+\+)? compiler", text):
             text = ("error: Triton finds no C compiler for its kernels; --dtype float32 --fast "
                     "graph, or --device cpu, must do without")
-        elif RANK == 0:
+        elif RANKS > 1 and re.search("onnection (closed|reset)", text):
+            text = "error: another process of this run ended"
+        else:
             raise
     if text:
         print(f"{program}: {text}", file=sys.stderr)

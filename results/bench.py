@@ -115,7 +115,7 @@ def run_bench(options: argparse.Namespace, hardware: str):
     a, b = torch.randn(2, size, size, device=options.device).to(getattr(torch, options.dtype))
     rate = 2 * size**3 / fastest(lambda: a @ b, options.device, times)
     del a, b  # they would count among the peak bytes
-    yield {"matrix_rate": rate, "ranks": train.RANKS}
+    yield {"matrix_rate": rate}
     task, model = train.build(vars(options))
     print(f"{task.title()}; {options.layout}, d = {options.d_model}, batch {options.batch}\n"
           f"{hardware}, {options.dtype}, {options.fast}; peak = {rate:.3g} FLOP/s, measured\n"

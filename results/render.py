@@ -179,8 +179,8 @@ def ends(pattern: str, n: int) -> list[dict]:
 
 
 def card(header: dict) -> str:
-    """"NVIDIA H100 80GB HBM3" -> "H100"; "CPU, 2 threads" -> "CPU"."""
-    name = header["hardware"].split(",")[0].removeprefix("NVIDIA ")
+    """"4 x NVIDIA H100 80GB HBM3" -> "4 x H100"; "CPU, 2 threads" -> "CPU"."""
+    name = header["hardware"].split(",")[0].replace("NVIDIA ", "")
     return re.sub(r" \d+GB.*", "", name)
 
 
@@ -265,9 +265,7 @@ def speed_tables() -> str:
         for row in records:
             if "ms" in row:
                 peak = f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else "-"
-                ranks = first.get("ranks", 1)
-                cards = f"{ranks} x " * (ranks > 1) + card(header)
-                rows.append([cards, f"{header['config']['batch']}", f"{row['loops']}",
+                rows.append([card(header), f"{header['config']['batch']}", f"{row['loops']}",
                              f"{row['window']}", f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.0f}",
                              f"{row['flops'] / first['matrix_rate']:.1%}", peak,
                              *(f"{row[name]:.1f}" for name in (
