@@ -6,6 +6,7 @@ evaluation) and a checkpoint for each N; --resume DIR goes on exactly where it s
 """
 
 import argparse
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -288,24 +289,17 @@ def of_all_ranks(model: Hybrid, loss: Tensor, scored: Tensor) -> Tensor:
 
 
 def by_first_rank(function, *arguments):
-    """function(*arguments), called in one process for all; what ends it there ends all. torchrun
-    starts RANKS of this program on one host, a GPU for each; each trains its rows of every batch,
-    and the first alone writes and speaks."""
+    """function(*arguments), called in one process for all. torchrun starts RANKS of them, on one
+    host, a GPU for each; each trains its rows of every batch, the first alone writes and speaks."""
     if RANKS == 1:
         return function(*arguments)
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(RANK % torch.cuda.device_count())
         dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-    ended = None
-    try:
-        result = [None if RANK else function(*arguments)]
-    except (SystemExit, Halt) as error:
-        ended, result = error, [SystemExit(error.code)]
-    dist.broadcast_object_list(result)
-    if isinstance(result[0], SystemExit):
-        raise ended or result[0]
+    dist.broadcast_object_list(result := [None if RANK else function(*arguments)])
     return result[0]
 
 
@@ -407,9 +401,9 @@ def draw_held_out(task, options: argparse.Namespace) -> dict[int, tuple[Tensor, 
     """What every evaluation is on, by level: tokens, targets and the floor."""
     levels = sorted({*task.levels, *(options.curriculum or [])})
     size = -(-options.eval_size // len(levels))
-    bar = tqdm(levels, "held-out", disable=bool(RANK) or None, leave=False)
     return {level: (*task.batch(size, generator(0, EVAL, i, options.device), "held-out", level),
-                    floor(task, level)) for i, level in enumerate(bar)}
+                    floor(task, level))
+            for i, level in enumerate(tqdm(levels, "held-out", disable=None, leave=False))}
 
 
 def evaluate_levels(model: Hybrid, held_out: dict, loops: int, windows: list[Window]) -> dict:
@@ -472,15 +466,13 @@ def make_header(argv: list[str], options: dict, program: str = "train.py") -> di
     with contextlib.suppress(OSError):  # no git; or a copy inside another repository
         if git("ls-files", "--error-unmatch", Path(__file__).name).returncode == 0:
             commit = git("describe", "--always", "--dirty", "--abbrev=10").stdout.strip()
-    hardware = f"{RANKS} x " * (RANKS > 1) + (
-        torch.cuda.get_device_name() if options["device"] == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads")
-    python = ["python"] if RANKS == 1 else ["torchrun", f"--nproc_per_node={RANKS}"]
-    return {"command": shlex.join([*python, program, *argv]),
+    hardware = (torch.cuda.get_device_name() if options["device"] == "cuda"
+                else f"CPU, {torch.get_num_threads()} threads")
+    return {"command": shlex.join(["python", program, *argv]),
             "commit": os.environ.get("COMMIT") or commit or "unknown",  # COMMIT: copies without git
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
-            "hardware": hardware, "config": options}
+            "hardware": f"{RANKS} x " * (RANKS > 1) + hardware, "config": options}
 
 
 def as_arguments(config: dict) -> list[str]:
@@ -644,8 +636,6 @@ def settle(parser: Parser, options: dict, source: str = "--device cuda"):
         parser.error(f"--{error}")
     if options["batch"] % RANKS:
         parser.error(f"--batch {options['batch']}: must be a multiple of the {RANKS} processes")
-    if options["device"] == "cuda" and torch.cuda.device_count() < RANKS:
-        parser.error(f"--device cuda: must have a GPU for each of the {RANKS} processes")
     options |= {name: getattr(task, name) for name in TASK_OPTIONS if hasattr(task, name)}
     if options["fast"] == "auto":
         work = parameters_of(model) * options["steps"] * options["batch"] * passes_over(
@@ -892,7 +882,7 @@ def gentle_signals():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    # no other thread may ask for signals; and torchrun ends its processes as it likes
+    # No other thread may ask for signals, and torchrun ends all its processes itself.
     if threading.current_thread() is threading.main_thread() and RANKS == 1:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -942,7 +932,7 @@ def in_one_line(program: str, function, *arguments) -> int:
             text = ("error: Triton finds no C compiler for its kernels; --dtype float32 --fast "
                     "graph, or --device cpu, must do without")
         elif RANKS > 1 and re.search("onnection (closed|reset)", text):
-            text = "error: another process of this run ended"
+            text = ""  # another process of this run ended, and says why
         else:
             raise
     if text:
