@@ -1753,17 +1753,17 @@ def test_a_night_that_cannot_be_shown_is_refused(options, named, tmp_path, capsy
     assert err.startswith(f"sleep.py: error: {tmp_path}") and named in err and err.count("\n") == 1
 
 
-def test_a_night_needs_a_run(tmp_path):
-    def said(*arguments):
-        run = subprocess.run([sys.executable, HERE / "sleep.py", *arguments], text=True,
-                             cwd=tmp_path, capture_output=True, timeout=100)
-        assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
-        return run.stderr
-
-    assert "out: must hold a checkpoint N*.pt; python train.py makes one" in said()
-    assert "none: must hold" in said("none")
-    (tmp_path / "N1.pt").write_text("damaged")
-    assert "N1.pt: must be a checkpoint" in said(".")
+def test_a_night_needs_a_run(tmp_path, monkeypatch, capsys):
+    run = subprocess.run([sys.executable, HERE / "sleep.py"], text=True, cwd=tmp_path,
+                         capture_output=True, timeout=100)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr == (
+        "sleep.py: error: out: must hold a checkpoint N*.pt; python train.py makes one\n")
+    monkeypatch.chdir(tmp_path)
+    Path("N1.pt").write_text("damaged")
+    for argument, named in (("none", "none: must hold"), (".", "N1.pt: must be a checkpoint")):
+        assert train.in_one_line("sleep.py", night, [argument]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and named in err and err.count("\n") == 1
 
 
 # -------------------------------------------------------------- 10. it learns, 11. the command line
