@@ -1349,6 +1349,20 @@ def test_loops_of_a_schedule_and_seen_batches(tmp_path, monkeypatch):
     assert torch.equal(tokens, expected[0]) and torch.equal(targets, expected[1])
 
 
+def test_the_first_sequences_again_and_again(monkeypatch, capsys):
+    """Guards --sequences: the same sequences in the same order, from whatever step a run goes on."""
+    monkeypatch.setattr(train, "CHUNK", 3)
+    new, again = (train.get_parser().parse_args([*TINY, *given]) for given in (
+        [], ["--sequences=40"]))  # 5 batches of 8
+    task = Rule110(4, 2, 1)
+    first = [tokens for (tokens, _), _ in zip(train.batches(task, new, 0), range(5))]
+    for step in (0, 4, 13):
+        batches = [tokens for (tokens, _), _ in zip(train.batches(task, again, step), range(12))]
+        assert all(torch.equal(x, first[(step + i) % 5]) for i, x in enumerate(batches))
+    assert "--sequences 41: must be a multiple of --batch, 8" in refused(
+        capsys, [*TINY, "--sequences=41"])
+
+
 def test_evaluation_with_other_loops_and_by_level(tmp_path):
     """Guards --eval_loops and the levels: another N is used, the mean is that of the levels."""
     folder, records = run_of(tmp_path, "run", "--loops 2 --eval_loops 1,2 --lr 0.1")

@@ -154,6 +154,9 @@ def get_parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("training").add_argument
     add("--steps", type=whole(0), default=800, help="optimizer steps; 0 only evaluates")
     add("--batch", type=whole(1), default=64, help="sequences a step (the paper: 512)")
+    add("--sequences", type=whole(1), metavar="K",
+        help="train on the first K sequences again and again, a multiple of --batch; None: on new "
+             "ones throughout")
     add("--muon_lr", type=positive, default=3e-3, help="rate of Muon, for the blocks' matrices")
     add("--lr", type=positive, default=1e-3, help="rate of AdamW, for all other parameters")
     add("--curriculum", type=several(MOST), metavar="LEVEL[,LEVEL...]",
@@ -369,14 +372,16 @@ def stage(values: list | None, step: int, steps: int, default=None):
 def batches(task, options: argparse.Namespace, step: int):
     """Endless training batches from `step` on, each a function of the options and the step."""
     size = 1 if options.curriculum else CHUNK
+    period = options.sequences // options.batch if options.sequences else MOST
     while True:
-        chunk, first = divmod(step, size)
+        chunk, first = divmod(step % period, size)
+        last = min(size, period - chunk * size)
         data = task.batch(size * options.batch,
                           generator(options.seed, TRAIN, chunk, options.device), "train",
                           stage(options.curriculum, step, options.steps))
-        for i in range(first, size):
+        for i in range(first, last):
             yield tuple(x[i * options.batch:(i + 1) * options.batch] for x in data)
-        step = (chunk + 1) * size
+        step += last - first
 
 
 def seen(task, options: argparse.Namespace, size: int) -> list[Tensor]:
@@ -589,6 +594,9 @@ def build(options: dict):
             raise ValueError(f"curriculum: {error}") from None
     if options["train"] == "new" and options["init"] is None:
         raise ValueError("train new: must come with --init")
+    if options["sequences"] and options["sequences"] % options["batch"]:
+        raise ValueError(f"sequences {options['sequences']}: must be a multiple of --batch, "
+                         f"{options['batch']}")
     if options["loops_schedule"] and options["loops"] != options["loops_schedule"][-1:]:
         schedule = ",".join(map(str, options["loops_schedule"]))
         raise ValueError(f"loops_schedule {schedule}: must end in the only N of --loops")
