@@ -594,8 +594,8 @@ def build(options: dict):
             raise ValueError(f"curriculum: {error}") from None
     if options["train"] == "new" and options["init"] is None:
         raise ValueError("train new: must come with --init")
-    if options["sequences"] and options["sequences"] % options["batch"]:
-        raise ValueError(f"sequences {options['sequences']}: must be a multiple of --batch, "
+    if given.get("sequences", 0) % options["batch"]:
+        raise ValueError(f"sequences {given['sequences']}: must be a multiple of --batch, "
                          f"{options['batch']}")
     if options["loops_schedule"] and options["loops"] != options["loops_schedule"][-1:]:
         schedule = ",".join(map(str, options["loops_schedule"]))
