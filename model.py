@@ -184,7 +184,7 @@ def gated_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
                      S: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with the delta rule (Gated DeltaNet, arXiv 2412.06464), what all runs here have:
+    """The same with the delta rule (Gated DeltaNet, arXiv 2412.06464), as in the paper's runs:
 
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
 

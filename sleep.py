@@ -68,7 +68,7 @@ def sleep(model: Hybrid, tokens: Tensor, memory: Memory, loops: int) -> Memory:
     """N = loops passes over one window (Eq. 6), before its cache is evicted: only memory remains.
 
     tokens (B, L) is the window; memory is what held when the window began, not what reading it
-    awake has made of S since. That S is provisional, and for N = 1 it is computed again exactly.
+    awake has made of S since. That S is provisional, and for N = 1 computed again, to rounding.
     h is dropped, so that S (and what `evict` keeps of the cache) is the only road from this window
     to the future, and for gradients back into it.
     """
