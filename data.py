@@ -58,6 +58,14 @@ def in_held_out(integers: Tensor) -> Tensor:
     return (x >> 40) % HELD_OUT == 0  # Choice: held-out states
 
 
+def sample(given: Tensor, draw, held_out, split: str) -> Tensor:
+    """draw(given (n, ...)) -> n instances, and again those that are not of the split."""
+    instances, wrong = draw(given), torch.arange(len(given), device=given.device)
+    while len(wrong := wrong[held_out(instances[wrong], given[wrong]) != SPLITS[split]]):
+        instances[wrong] = draw(given[wrong])
+    return instances
+
+
 def floor(task, level: int | None = None) -> float:
     """Exact accuracy of always giving the same answer, the most frequent one; it takes no learning.
 
@@ -122,12 +130,11 @@ class Rule110:
         device, t = random.device, self.t if level is None else level
         check("level", t, 0, self.MOST_STEPS)
 
-        def draw(n):
-            return torch.randint(2, (n, self.cells), generator=random, device=device)
+        def draw(given):
+            return torch.randint(2, (len(given), self.cells), generator=random, device=device)
 
-        state = draw(batch_size * self.states)
-        while (wrong := in_held_out(state) != SPLITS[split]).any():
-            state[wrong] = draw(int(wrong.sum()))
+        state = sample(torch.empty(batch_size * self.states, 0, device=device), draw,
+                       lambda state, _: in_held_out(state), split)
         answers = rule110(state, t, self.automaton)[:, 0].view(batch_size, self.states)
         query = torch.full((batch_size, 1), self.QUERY, device=device)
         tokens = torch.cat([state.view(batch_size, -1), query, answers[:, :-1]],
@@ -230,10 +237,7 @@ class Depo:
 
         sizes = torch.tensor(self.sizes(level), device=random.device)
         n = sizes.multinomial(batch_size, replacement=True, generator=random)[:, None]
-        cycle = draw(n)
-        while (wrong := held_out(cycle, n) != SPLITS[split]).any():
-            cycle[wrong] = draw(n[wrong])
-
+        cycle = sample(n, draw, held_out, split)
         order = shuffle(n)
         ends = cycle.gather(1, order), after(cycle, n).gather(1, order)
         graph = lay(torch.cat([spell(end) for end in ends], dim=-1), n)
@@ -344,10 +348,7 @@ class GSM:
             return in_held_out(needed.flatten(1))  # Choice: held-out problems
 
         level = torch.randint(low, high + 1, (batch_size, 1), **source)
-        problem = draw(level)
-        while (wrong := held_out(problem, level) != SPLITS[split]).any():
-            problem[wrong] = draw(level[wrong])
-
+        problem = sample(level, draw, held_out, split)
         values = torch.arange(plus, device=i.device).repeat(batch_size, 1)  # a constant's is itself
         for statement in problem[:, :self.ops].unbind(1):  # each after those it depends on
             variable, left, operator, right = statement.split(1, dim=1)
