@@ -84,8 +84,9 @@ SMALL = {
     "curriculum": ("t = 1, then 2, 3, 4 (by t; the figure has t = 4)",
                    "--loops 1,2 --curriculum 1,2,3,4")}
 
-SCARCE = [(640, "1,2", 800), (1600, "1,2", 800), (3200, "1,2", 800), (3200, "1", 1600),
-          (3200, "1", 3200), (6400, "1,2", 800), (6400, "1", 1600)]  # K, N, steps
+SCARCE = [(640, "1,2", 800), (1600, "1,2", 800), (1600, "4", 800), (1600, "1", 3200),
+          (1600, "2", 1600), (3200, "1,2", 800), (3200, "4", 800), (3200, "1", 1600),
+          (3200, "1", 3200), (6400, "1,2", 800), (6400, "4", 800), (6400, "1", 1600)]  # K, N, steps
 LONGER_ROWS = [(f"t = {t}, for longer", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
                 f"longer/t{t}-s*.jsonl") for t in LONGER]
 
@@ -110,10 +111,10 @@ TABLES = {
                 for name, steps, options in [WORTH[key]])],
     "small": [(name, "-", f"{options} --t 4", f"small/{key}-s*.jsonl")
               for key, (name, options) in SMALL.items()],
-    "scarce": [(f"{K:,} sequences" + f", N = 1 for {steps:,} steps" * (loops == "1"), "-",
-                f"--loops {loops} --t 4 --sequences {K}" + f" --steps {steps}" * (loops == "1"),
-                f"small/scarce{K}{f'-for{steps}' * (loops == '1')}-s*.jsonl")
-               for K, loops, steps in SCARCE],
+    "scarce": [(f"{K:,} sequences, {steps:,} steps", "-",
+                f"--loops {N} --t 4 --sequences {K} --steps {steps}",
+                f"small/scarce{K}-N{N.replace(',', '')}-for{steps}-s*.jsonl")
+               for K, N, steps in SCARCE],
     "position": [
         *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{WINDOW} --loops 1,2,4 --t {t}",
            f"window-position/fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
