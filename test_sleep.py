@@ -1350,7 +1350,7 @@ def test_loops_of_a_schedule_and_seen_batches(tmp_path, monkeypatch):
 
 
 def test_the_first_sequences_again_and_again(monkeypatch, capsys):
-    """Guards --sequences: the same sequences in the same order, from whatever step a run goes on."""
+    """Guards --sequences: the same in the same order, from whatever step a run goes on."""
     monkeypatch.setattr(train, "CHUNK", 3)
     new, again = (train.get_parser().parse_args([*TINY, *given]) for given in (
         [], ["--sequences=40"]))  # 5 batches of 8

@@ -268,7 +268,8 @@ def make_step(model: Hybrid, optimizers: list[torch.optim.Optimizer], windows: l
               loops: int):
     """-> step(tokens, targets), one optimizer step -> loss and gradient norm, still on the device.
     """
-    def step(tokens: Tensor, targets: Tensor) -> Tensor:
+    def step(*batch: Tensor) -> Tensor:
+        tokens, targets = (x.chunk(RANKS)[RANK] for x in batch)  # this process's rows
         loss, _, labels = algorithm1(model, tokens, targets, loops, windows)
         loss.backward()
         if RANKS > 1:
@@ -829,7 +830,7 @@ def train_model(run: Run, stop: threading.Event):
             for group, rate in zip(run.groups, (options.muon_lr, options.lr)):
                 group["lr"].fill_(rate * factor)
             N = stage(options.loops_schedule, run.step, options.steps, run.loops)
-            run.unchecked.append(step_of(N)(*(x.chunk(RANKS)[RANK] for x in next(data))))
+            run.unchecked.append(step_of(N)(*next(data)))
             run.step += 1
             run.token_passes += options.batch * passes_over(run.windows, N, run.model.config)
             bar.set_postfix(loss=run.train_loss, exact=run.records[-1]["exact"], refresh=False)

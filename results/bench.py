@@ -76,8 +76,7 @@ def bench_row(options: argparse.Namespace, loops: int) -> dict:
     began, ready = default_timer(), []
     optimizers = train.make_optimizers(model, options.muon_lr, options.lr)
     step = train.fast_steps(model, optimizers, windows, options.fast)(loops)
-    data = (tuple(x.chunk(train.RANKS)[train.RANK] for x in batch)
-            for batch in train.batches(task, options, 0))
+    data = train.batches(task, options, 0)
     for _ in range(5 if device == "cuda" else 2):  # up to and beyond the capture
         step(*next(data)).tolist()
         ready.append(default_timer() - began)

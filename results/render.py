@@ -249,7 +249,7 @@ def asked_table() -> str:
         for n in experiment(pattern := f"small/{key}-s*.jsonl")[0]:
             records = [record["eval_loops"] for record in ends(pattern, n)]
             rows.append([name.format(n), *(
-                mean_and_range([100 * record[other]["exact"] for record in records])
+                mean_and_range(exact([record[other] for record in records]))
                 if other in records[0] else "-" for other in others)])
     return table(" | ".join(["trained with", *(f"asked after {n}" for n in others)]), rows)
 
@@ -296,8 +296,7 @@ def filled(text: str) -> str:
     made = {name: table(head, [row_of(*row) for row in rows]) for name, rows in TABLES.items()}
     made["worth"] = table(f"{head} | PFLOPs", [[*row_of(*row), compute(row[-1])]
                                                for row in TABLES["worth"]])
-    made |= {"asked": asked_table(), "dream": dream_table(),
-             "speed": speed_tables()}
+    made |= {"asked": asked_table(), "dream": dream_table(), "speed": speed_tables()}
     block = re.compile(r"^<!-- table: (.*) -->\n(?:.*\n)*?<!-- end -->$", re.M)
     agree("results/README.md: table", block.findall(text), "results/render.py", [*made])
     return block.sub(lambda match: f"<!-- table: {match[1]} -->\n{made[match[1]]}\n<!-- end -->",
@@ -353,13 +352,19 @@ def exact(records: list[dict]) -> list[float]:
     return [100 * [*record.get("levels", {0: record}).values()][-1]["exact"] for record in records]
 
 
-def against_tokens(axis, pattern: str, n: int, label: str, **style):
-    """Exact accuracy in the course of training with N = n."""
+def course(pattern: str, n: int, x: str) -> dict[int, list[float]]:
+    """Exact accuracy of all seeds in the course of training with N = n: x, "step" or "tokens" -> %.
+    """
     points = defaultdict(list)
     for log in experiment(pattern)[1]:
         for record in log.records:
             if record["loops"] == n:
-                points[record["tokens"] / 1e6] += exact([record])
+                points[record[x]] += exact([record])
+    return points
+
+
+def against_tokens(axis, pattern: str, n: int, label: str, **style):
+    points = {tokens / 1e6: y for tokens, y in course(pattern, n, "tokens").items()}
     band(axis, points, COLOURS[n], label, **style)
 
 
@@ -412,11 +417,7 @@ def worth(figure):
         runs += [(WORTH[key][0], f"worth/t{t}-{key}-s*.jsonl", int(WORTH[key][2][-1]), styles[key])
                  for key in keys.split()]
         for name, pattern, n, style in runs:
-            config, points = experiment(pattern)[1][0].header["config"], defaultdict(list)
-            for log in experiment(pattern)[1]:
-                for record in log.records:
-                    if record["loops"] == n:
-                        points[record["step"]] += exact([record])
+            config, points = experiment(pattern)[1][0].header["config"], course(pattern, n, "step")
             y, spent = [sum(x) / len(x) for x in points.values()], flops(config, n)
             tokens = ends(pattern, n)[0]["tokens"] / config["steps"]
             look = {"color": COLOURS[n], "ls": style, "lw": 1.2}
@@ -428,7 +429,7 @@ def worth(figure):
                         alpha=0.7, color=COLOURS[n])
         row[0].set(ylabel=f"exact, %, t = {t}", ylim=(0, 103))
         for axis in row:
-            axis.axhline(100 * log.records[0]["floor"], color="black", lw=0.8, ls="--")
+            floor_line(axis, pattern)
     figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right upper",
                   fontsize=7)
     for axis, label in zip(row, ("training PFLOPs", "tokens, millions", "parameters, millions")):
@@ -459,9 +460,9 @@ def asked(figure):
     """A model trained with N passes, asked after fewer and more: a dot for each seed."""
     axis, pattern = figure.subplots(), "small/base-s*.jsonl"
     for n in experiment(pattern)[0]:
-        records = ends(pattern, n)
-        band(axis, {int(other): [100 * record["eval_loops"][other]["exact"] for record in records]
-                    for other in records[0]["eval_loops"]}, COLOURS[n], f"trained with N = {n}",
+        records = [record["eval_loops"] for record in ends(pattern, n)]
+        band(axis, {int(other): exact([record[other] for record in records])
+                    for other in records[0]}, COLOURS[n], f"trained with N = {n}",
              marker="o", ms=3)
     floor_line(axis, pattern)
     axis.set(xlabel="passes asleep", ylabel="exact, %", ylim=(0, 102), xticks=[1, 2, 3, 4, 8])
