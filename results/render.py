@@ -43,7 +43,7 @@ SETTINGS_T = {12: (2344, "base m3 m2 h8 factor d20"), 10: (782, "base m3 m2 fact
 FIG2A = {4: "converges", 8: "converges", **dict.fromkeys((10, 12, 14, 16), "ever more slowly")}
 PAPER = "--paper --fast compile"
 WINDOW = f"{PAPER} --position window --n_head 4"
-LONGER = 12, 16  # t of the runs with 160M tokens
+LONGER = 12, 16  # t of the runs with 160M tokens that the figure shows
 SUPPLY = {  # what the passes supply, t = 8
     "embed": ("four blocks, every pass from the embedding", "--carry embed --loops 4"),
     "resetS": ("four blocks, every pass from the window's S", "--no-carry_S --loops 4"),
@@ -61,8 +61,9 @@ WORTH = {  # other ways to spend the compute of N = 4: steps, options
     "tokens": ("N = 1, four times the tokens", 12500, "--loops 1"),
     "blocks8": ("N = 1, eight blocks", 3125, "--layout asasasas --loops 1"),
     "blocks16": ("N = 1, sixteen blocks", 3125, "--layout asasasasasasasas --loops 1"),
+    "awake": ("the passes spent awake", 3125, "--sleep_at wake --no-carry_S --loops 4"),
     "rising": ("N = 1, then 2, then 4", 3125, "--loops_schedule 1,2,4 --loops 4")}
-WORTH_T = {12: "tokens blocks8 blocks16 rising", 16: "blocks8 rising"}  # t -> them
+WORTH_T = 12, 16
 SMALL = {
     "base": ("the default, N = 1, 2, 4", "--loops 1,2,4"),
     "position": ("with a position in the window", "--loops 1,2 --position window"),
@@ -84,11 +85,17 @@ SMALL = {
     "curriculum": ("t = 1, then 2, 3, 4 (by t; the figure has t = 4)",
                    "--loops 1,2 --curriculum 1,2,3,4")}
 
+DEPO = ("--task depo --nodes 8 --hops 4 --questions 4 --names 4 --window 16 --layout asas "
+        "--d_model 128 --muon_lr 4e-3 --batch 256 --fast compile --loops 1,2,4")
+GSM = ("--task gsm --ops 6 --statements 8 --modulus 5 --variables 8 --window 50 --layout asas "
+       "--d_model 128 --muon_lr 4e-3 --batch 256 --fast compile --loops 1,2,4")
+BY_LEVEL = {"depo": ("depo/nodes8-s*.jsonl", "k"), "gsm": ("gsm/ops6-s*.jsonl", "operations")}
+
 SCARCE = [(640, "1,2", 800), (1600, "1,2", 800), (1600, "4", 800), (1600, "1", 3200),
           (1600, "2", 1600), (3200, "1,2", 800), (3200, "4", 800), (3200, "1", 1600),
           (3200, "1", 3200), (6400, "1,2", 800), (6400, "4", 800), (6400, "1", 1600)]  # K, N, steps
-LONGER_ROWS = [(f"t = {t}, for longer", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
-                f"longer/t{t}-s*.jsonl") for t in LONGER]
+LONGER_ROWS = {t: (f"t = {t}, for longer", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
+                   f"longer/t{t}-s*.jsonl") for t in (12, 14, 16)}
 
 # table -> its rows: experiment, what the paper has, options of train.py, logs
 TABLES = {
@@ -101,20 +108,23 @@ TABLES = {
     "fig2a": [
         *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{PAPER} --loops 1,2,4 --t {t}",
            f"fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
-        *LONGER_ROWS],
+        *LONGER_ROWS.values()],
     "supply": [(name, "-", f"{PAPER} {options} --t 8", f"supply/t8-{key}-s*.jsonl")
                for key, (name, options) in SUPPLY.items()],
-    "worth": [*LONGER_ROWS,
+    "worth": [*(LONGER_ROWS[t] for t in WORTH_T),
               *((f"t = {t}: {name}", "-", f"{PAPER} {options} --t {t} --steps {steps}",
                  f"worth/t{t}-{key}-s*.jsonl")
-                for t, keys in WORTH_T.items() for key in keys.split()
-                for name, steps, options in [WORTH[key]])],
+                for t in WORTH_T for key, (name, steps, options) in WORTH.items())],
     "small": [(name, "-", f"{options} --t 4", f"small/{key}-s*.jsonl")
               for key, (name, options) in SMALL.items()],
     "scarce": [(f"{K:,} sequences, {steps:,} steps", "-",
                 f"--loops {N} --t 4 --sequences {K} --steps {steps}",
                 f"small/scarce{K}-N{N.replace(',', '')}-for{steps}-s*.jsonl")
                for K, N, steps in SCARCE],
+    "depo": [("Depo, 8 nodes (Fig. 3)", "N = 1 little from k = 4 on, N = 2 stalls from 8",
+              f"{DEPO} --steps 6000", BY_LEVEL["depo"][0])],
+    "gsm": [("GSM, 6 operations (Fig. 4)", "more passes, more right", f"{GSM} --steps 12000",
+             BY_LEVEL["gsm"][0])],
     "position": [
         *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{WINDOW} --loops 1,2,4 --t {t}",
            f"window-position/fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
@@ -197,10 +207,11 @@ def joined(values) -> str:
 
 # --------------------------------------------------------------------------------------- the tables
 
-def mean_and_range(values: list[float]) -> str:
+def mean_and_range(values: list[float], digits: int = 1) -> str:
     """[63.1, 57.2] -> "60.2 [57.2, 63.1]"; one value alone as it is."""
-    mean = f"{sum(values) / len(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} [{min(values):.1f}, {max(values):.1f}]"
+    mean, low, high = (f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values),
+                                                   max(values)))
+    return mean if len(values) == 1 else f"{mean} [{low}, {high}]"
 
 
 def levels(records: list[dict], score: str) -> str:
@@ -220,6 +231,18 @@ def row_of(name: str, paper: str, arguments: str, pattern: str) -> list[str]:
             f"{last[0]['tokens'] / 1e6:.1f}M",
             f"{minutes / seeds:.1f} {joined(card(log.header) for log in logs)}",
             joined(log.header["commit"] for log in logs), f"`{pattern}`"]
+
+
+def level_table(pattern: str, word: str) -> str:
+    """Exact accuracy, its floor and the loss by level, for every N."""
+    loops, rows = experiment(pattern)[0], []
+    of = {n: [record["levels"] for record in ends(pattern, n)] for n in loops}
+    for name, score, scale, digits in (("exact, %", "exact", 100, 1), ("loss", "loss", 1, 3)):
+        rows += [[f"{name}: N = {n}", *(mean_and_range([scale * levels[x][score] for levels in of[n]],
+                                                       digits) for x in of[n][0])] for n in loops]
+    floors = [f"{100 * level['floor']:.1f}" for level in of[loops[0]][0].values()]
+    return table(" | ".join([word, *of[loops[0]][0]]), [*rows[:len(loops)],
+                                                        ["floor", *floors], *rows[len(loops):]])
 
 
 def table(head: str, rows: list[list[str]]) -> str:
@@ -243,7 +266,8 @@ def compute(pattern: str) -> str:
 
 
 def asked_table() -> str:
-    """Exact accuracy of models trained with one N and asked after another number of passes."""
+    """Exact accuracy of models trained with one N and asked after another number of passes: of the
+    default task, and of GSM by operations."""
     rows, others = [], ["1", "2", "3", "4", "8"]
     for key, name in ("base", "N = {}"), ("random", "N = 1, 2 or 4, drawn in each step"):
         for n in experiment(pattern := f"small/{key}-s*.jsonl")[0]:
@@ -251,6 +275,10 @@ def asked_table() -> str:
             rows.append([name.format(n), *(
                 mean_and_range(exact([record[other] for record in records]))
                 if other in records[0] else "-" for other in others)])
+    records = [record["eval_loops"] for record in ends(BY_LEVEL["gsm"][0], 4)]
+    rows += [[f"N = 4, GSM, {level} needed", *(mean_and_range([
+        100 * record[n]["levels"][level]["exact"] for record in records]) for n in others)]
+        for level in "1234"]
     return table(" | ".join(["trained with", *(f"asked after {n}" for n in others)]), rows)
 
 
@@ -289,14 +317,33 @@ def speed_tables() -> str:
     ])
 
 
+def several_table() -> str:
+    """Training on several GPUs, each N beside one GPU with a batch of 512."""
+    rows = {}
+    for _, header, (_, *records), _ in read("bench/several/*.jsonl"):
+        count = int((re.match(r"(\d+) x ", header["hardware"]) or [0, 1])[1])
+        for row in records:
+            if row.get("window") == 24:
+                rows[row["loops"], count, header["config"]["batch"]] = row, header
+    return table("devices | batch | N | ms a step | tokens/s | times one GPU | commit", [
+        [card(header), f"{batch}", f"{n}", f"{row['ms']:.1f}", f"{row['tokens_per_s']:,.0f}",
+         f"{row['tokens_per_s'] / rows[n, 1, 512][0]['tokens_per_s']:.2f}", header["commit"]]
+        for (n, _, batch), (row, header) in sorted(rows.items(), key=lambda item: item[0])])
+
+
 def filled(text: str) -> str:
     """results/README.md with every table as the logs have it."""
     head = ("experiment | paper | `python train.py` ... | exact, % | floor | seeds | tokens | "
             "minutes | commit | logs")
     made = {name: table(head, [row_of(*row) for row in rows]) for name, rows in TABLES.items()}
+    for name, of in BY_LEVEL.items():
+        [[first, paper, command, _, _, *others]] = [row_of(*row) for row in TABLES[name]]
+        made[name] = "\n\n".join([table(head, [[first, paper, command, "below", "below", *others]]),
+                                  level_table(*of)])
     made["worth"] = table(f"{head} | PFLOPs", [[*row_of(*row), compute(row[-1])]
                                                for row in TABLES["worth"]])
-    made |= {"asked": asked_table(), "dream": dream_table(), "speed": speed_tables()}
+    made |= {"asked": asked_table(), "dream": dream_table(), "speed": speed_tables(),
+             "several": several_table()}
     block = re.compile(r"^<!-- table: (.*) -->\n(?:.*\n)*?<!-- end -->$", re.M)
     agree("results/README.md: table", block.findall(text), "results/render.py", [*made])
     return block.sub(lambda match: f"<!-- table: {match[1]} -->\n{made[match[1]]}\n<!-- end -->",
@@ -315,11 +362,12 @@ def tags() -> dict[str, str]:
     return dict(found)
 
 
-def placed(text: str) -> str:
-    """README.md with the place of each tag in the row that begins with the tag."""
+def placed(*texts: str) -> list[str]:
+    """The READMEs with the place of each tag in the row that begins with the tag."""
     places, row = tags(), re.compile(rf"^\| ((?:{KINDS})[^|]*?) \| `[^`]*` \|", re.M)
-    agree("README.md: row", row.findall(text), "the code", [*places])
-    return row.sub(lambda match: f"| {match[1]} | `{places[match[1]]}` |", text)
+    agree("READMEs: row", row.findall("\n".join(texts)), "the code", [*places])
+    return [row.sub(lambda match: f"| {match[1]} | `{places[match[1]]}` |", text)
+            for text in texts]
 
 
 def agree(place: str, there: list[str], source: str, wanted: list[str]):
@@ -333,8 +381,8 @@ def agree(place: str, there: list[str], source: str, wanted: list[str]):
 
 def rendered() -> dict[Path, str]:
     """Each file that is made, in part, from logs and code -> the text that it should have."""
-    return {path: make(path.read_text()) for path, make in ((HERE / "README.md", filled),
-                                                            (ROOT / "README.md", placed))}
+    lesson, results = ROOT / "README.md", HERE / "README.md"
+    return dict(zip((lesson, results), placed(lesson.read_text(), filled(results.read_text()))))
 
 
 # -------------------------------------------------------------------------------------- the figures
@@ -371,6 +419,18 @@ def against_tokens(axis, pattern: str, n: int, label: str, **style):
 def floor_line(axis, pattern: str):
     floor = experiment(pattern)[1][0].records[0]["floor"]
     axis.axhline(100 * floor, color="black", lw=0.8, ls="--", label="floor")
+
+
+def by_level(axis, records: dict, label: str, **style):
+    """Exact accuracy against the level: colour -> records of all seeds."""
+    for (name, colour), of in records.items():
+        points = {int(x): [100 * record["levels"][x]["exact"] for record in of]
+                  for x in of[0]["levels"]}
+        band(axis, points, colour, name, marker="o", ms=3, **style)
+    floors = {int(x): level["floor"] for x, level in of[0]["levels"].items()}
+    axis.plot([*floors], [100 * y for y in floors.values()], color="black", lw=0.8, ls="--",
+              label="floor")
+    axis.set(xlabel=label, ylim=(0, 102), xticks=[*floors])
 
 
 def outside(axis, **style):
@@ -411,11 +471,11 @@ def worth(figure):
     """Ways to spend compute: means over seeds against training FLOPs and tokens in the course of
     training, and a dot for each seed at its end against parameters."""
     figure.set_size_inches(7, 4.6)
-    styles = {"tokens": "--", "blocks8": "-.", "blocks16": ":", "rising": "--"}
-    for row, (t, keys) in zip(figure.subplots(2, 3, sharey=True, sharex="col"), WORTH_T.items()):
+    styles = {"tokens": "--", "blocks8": "-.", "blocks16": ":", "awake": ":", "rising": "--"}
+    for row, t in zip(figure.subplots(2, 3, sharey=True, sharex="col"), WORTH_T):
         runs = [(f"N = {n}", f"longer/t{t}-s*.jsonl", n, "-") for n in (1, 2, 4)]
-        runs += [(WORTH[key][0], f"worth/t{t}-{key}-s*.jsonl", int(WORTH[key][2][-1]), styles[key])
-                 for key in keys.split()]
+        runs += [(name, f"worth/t{t}-{key}-s*.jsonl", int(options[-1]), styles[key])
+                 for key, (name, _, options) in WORTH.items()]
         for name, pattern, n, style in runs:
             config, points = experiment(pattern)[1][0].header["config"], course(pattern, n, "step")
             y, spent = [sum(x) / len(x) for x in points.values()], flops(config, n)
@@ -457,16 +517,38 @@ def small(figure):
 
 
 def asked(figure):
-    """A model trained with N passes, asked after fewer and more: a dot for each seed."""
-    axis, pattern = figure.subplots(), "small/base-s*.jsonl"
+    """Models asked after fewer passes than trained with, and more: the default task's by N, GSM's
+    by operations, with a dot for each seed."""
+    axes, pattern = figure.subplots(1, 2, sharey=True), "small/base-s*.jsonl"
     for n in experiment(pattern)[0]:
         records = [record["eval_loops"] for record in ends(pattern, n)]
-        band(axis, {int(other): exact([record[other] for record in records])
-                    for other in records[0]}, COLOURS[n], f"trained with N = {n}",
+        band(axes[0], {int(other): exact([record[other] for record in records])
+                       for other in records[0]}, COLOURS[n], f"trained with N = {n}",
              marker="o", ms=3)
-    floor_line(axis, pattern)
-    axis.set(xlabel="passes asleep", ylabel="exact, %", ylim=(0, 102), xticks=[1, 2, 3, 4, 8])
-    outside(axis)
+    records = [record["eval_loops"] for record in ends(BY_LEVEL["gsm"][0], 4)]
+    for level, shade in (("1", "#9ecae1"), ("2", "#4292c6"), ("3", "#08519c"), ("4", "black")):
+        y = [[100 * record[n]["levels"][level]["exact"] for n in record] for record in records]
+        passes = [*map(int, records[0])]
+        axes[1].plot(passes, np.mean(y, axis=0), color=shade, label=f"{level} needed")
+        axes[1].plot(passes, np.transpose(y), "o", ms=3, mew=0, alpha=0.6, color=shade)
+    axes[0].set(title="the default task", ylabel="exact, %", ylim=(0, 102))
+    axes[1].set(title="GSM by operations, N = 4")
+    for axis, logs in zip(axes, (pattern, BY_LEVEL["gsm"][0])):
+        floor_line(axis, logs)
+        axis.set(xlabel="passes asleep", xticks=[1, 2, 3, 4, 8])
+    named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=7)
+
+
+def tasks(figure):
+    """Depo by hops and GSM by operations."""
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (name, (pattern, _)), label in zip(axes, BY_LEVEL.items(), (
+            "Depo: k, hops along the cycle", "GSM: operations")):
+        by_level(axis, {(f"N = {n}", COLOURS[n]): ends(pattern, n)
+                        for n in experiment(pattern)[0]}, label)
+    axes[0].set(ylabel="exact, %")
+    outside(axes[1])
 
 
 def settings(figure):
@@ -597,7 +679,7 @@ def draw(folder: Path):
     from matplotlib.figure import Figure
     look = {"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    for make in (laptop, asked, fig2a, worth, small, settings, position, speed):
+    for make in (laptop, asked, fig2a, worth, small, tasks, settings, position, speed):
         with matplotlib.rc_context(look):
             make(figure := Figure(figsize=(7, 2.8), layout="constrained"))
             figure.savefig(svg := io.BytesIO(), format="svg",
