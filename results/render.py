@@ -487,13 +487,21 @@ def worth(figure):
             last = points[config["steps"]]
             row[2].plot([train.parameters_of(model) / 1e6] * len(last), last, "o", ms=4, mew=0,
                         alpha=0.7, color=COLOURS[n])
-        row[0].set(ylabel=f"exact, %, t = {t}", ylim=(0, 103))
+        row[0].set(ylabel=f"exact, %, t = {t}", ylim=(0, 103), xlim=(0.5, 16))
+        row[1].set(xlim=(20, 800))
+        for axis in row[:2]:
+            axis.set_xscale("log", nonpositive="mask")
         for axis in row:
             floor_line(axis, pattern)
     figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right upper",
                   fontsize=7)
     for axis, label in zip(row, ("training PFLOPs", "tokens, millions", "parameters, millions")):
         axis.set(xlabel=label)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+    row[0].set_xticks([1, 2, 4, 8, 16])
+    row[1].set_xticks([40, 160, 640])
+    for axis in figure.axes:
+        axis.minorticks_off()
 
 
 def small(figure):
