@@ -539,10 +539,12 @@ def asked(figure):
         passes = [*map(int, records[0])]
         axes[1].plot(passes, np.mean(y, axis=0), color=shade, label=f"{level} needed")
         axes[1].plot(passes, np.transpose(y), "o", ms=3, mew=0, alpha=0.6, color=shade)
+        axes[1].axhline(100 * records[0]["4"]["levels"][level]["floor"], color=shade,
+                        lw=0.8, ls="--")
     axes[0].set(title="the default task", ylabel="exact, %", ylim=(0, 102))
     axes[1].set(title="GSM by operations, N = 4")
-    for axis, logs in zip(axes, (pattern, BY_LEVEL["gsm"][0])):
-        floor_line(axis, logs)
+    floor_line(axes[0], pattern)
+    for axis in axes:
         axis.set(xlabel="passes asleep", xticks=[1, 2, 3, 4, 8])
     named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=7)
