@@ -85,6 +85,22 @@ SMALL = {
     "curriculum": ("t = 1, then 2, 3, 4 (by t; the figure has t = 4)",
                    "--loops 1,2 --curriculum 1,2,3,4")}
 
+RECIPES = [  # what the paper does with trained models, and its sliding window: name, options, logs
+    ("sliding window (Fig. 5)", "--eviction sliding --loops 1,2 --t 4", "sliding"),
+    ("middle blocks, 1: a hybrid, N = 1", "--layout asas --t 5 --loops 1", "middle"),
+    *((f"2: its middle blocks, N = {n}",
+       f"--layout asas --t 5 --loop_blocks 1:3 --loops {n} --init out/middle", f"middle-N{n}")
+      for n in (1, 2)),
+    *((f"grafted, {step}, N = {n}", f"{options} --loops {n} --t 4", f"{name}-N{n}")
+      for step, name, options in (
+          ("1: attention only", "looped",
+           "--layout aa --window 26 --eviction none --sleep_at wake --no-carry_S"),
+          ("2: the new SSM block alone", "grafted",
+           "--layout ama --init out/looped --train new --steps 400"),
+          ("3: everything, sliding window", "ouro",
+           "--layout ama --init out/grafted --eviction sliding"))
+      for n in (1, 2))]
+
 DEPO = ("--task depo --nodes 8 --hops 4 --questions 4 --names 4 --window 16 --layout asas "
         "--d_model 128 --muon_lr 4e-3 --batch 256 --fast compile --loops 1,2,4")
 GSM = ("--task gsm --ops 6 --statements 8 --modulus 5 --variables 8 --window 50 --layout asas "
@@ -121,6 +137,7 @@ TABLES = {
                 f"--loops {N} --t 4 --sequences {K} --steps {steps}",
                 f"small/scarce{K}-N{N.replace(',', '')}-for{steps}-s*.jsonl")
                for K, N, steps in SCARCE],
+    "recipes": [(name, "-", options, f"small/{key}-s*.jsonl") for name, options, key in RECIPES],
     "depo": [("Depo, 8 nodes (Fig. 3)", "N = 1 little from k = 4 on, N = 2 stalls from 8",
               f"{DEPO} --steps 6000", BY_LEVEL["depo"][0])],
     "gsm": [("GSM, 6 operations (Fig. 4)", "more passes, more right", f"{GSM} --steps 12000",
