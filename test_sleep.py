@@ -2383,6 +2383,20 @@ def test_numbers_of_the_readme_stand_in_the_results():
     assert len(numbers) > 20 and not missing
 
 
+def test_links_lead_somewhere():
+    """Guards links of the READMEs: to a file that is here, and to a heading that it has."""
+    pages, links = (HERE / "README.md", HERE / "results/README.md"), 0
+    for page in pages:
+        for name, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+            target, links = page.parent / name if name else page, links + 1
+            assert target.exists(), f"{page}: {name}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)", target.read_text(), re.M)
+                assert anchor in [re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-")
+                                  for x in titles], f"{page}: #{anchor}"
+    assert links > 20
+
+
 def test_figures_are_drawn(tmp_path):
     """Guards the figures: the logs draw each one that the READMEs show, and no other."""
     pytest.importorskip("matplotlib")
