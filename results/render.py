@@ -251,15 +251,15 @@ def row_of(name: str, paper: str, arguments: str, pattern: str) -> list[str]:
 
 
 def level_table(pattern: str, word: str) -> str:
-    """Exact accuracy, its floor and the loss by level, for every N."""
-    loops, rows = experiment(pattern)[0], []
-    of = {n: [record["levels"] for record in ends(pattern, n)] for n in loops}
+    """Exact accuracy and loss by level, for every N, and the floors."""
+    rows = []
     for name, score, scale, digits in (("exact, %", "exact", 100, 1), ("loss", "loss", 1, 3)):
-        rows += [[f"{name}: N = {n}", *(mean_and_range([scale * levels[x][score] for levels in of[n]],
-                                                       digits) for x in of[n][0])] for n in loops]
-    floors = [f"{100 * level['floor']:.1f}" for level in of[loops[0]][0].values()]
-    return table(" | ".join([word, *of[loops[0]][0]]), [*rows[:len(loops)],
-                                                        ["floor", *floors], *rows[len(loops):]])
+        for n in experiment(pattern)[0]:
+            of = [record["levels"] for record in ends(pattern, n)]
+            rows.append([f"{name}: N = {n}", *(mean_and_range(
+                [scale * levels[x][score] for levels in of], digits) for x in of[0])])
+    floors = [f"{100 * level['floor']:.1f}" for level in of[0].values()]
+    return table(" | ".join([word, *of[0]]), [*rows, ["floor of exact, %", *floors]])
 
 
 def table(head: str, rows: list[list[str]]) -> str:
@@ -438,18 +438,6 @@ def floor_line(axis, pattern: str):
     axis.axhline(100 * floor, color="black", lw=0.8, ls="--", label="floor")
 
 
-def by_level(axis, records: dict, label: str, **style):
-    """Exact accuracy against the level: colour -> records of all seeds."""
-    for (name, colour), of in records.items():
-        points = {int(x): [100 * record["levels"][x]["exact"] for record in of]
-                  for x in of[0]["levels"]}
-        band(axis, points, colour, name, marker="o", ms=3, **style)
-    floors = {int(x): level["floor"] for x, level in of[0]["levels"].items()}
-    axis.plot([*floors], [100 * y for y in floors.values()], color="black", lw=0.8, ls="--",
-              label="floor")
-    axis.set(xlabel=label, ylim=(0, 102), xticks=[*floors])
-
-
 def outside(axis, **style):
     """A legend to the right of the axes."""
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), **style)
@@ -568,12 +556,17 @@ def asked(figure):
 
 
 def tasks(figure):
-    """Depo by hops and GSM by operations."""
+    """Exact accuracy on Depo by hops and on GSM by operations."""
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (name, (pattern, _)), label in zip(axes, BY_LEVEL.items(), (
+    for axis, (pattern, _), label in zip(axes, BY_LEVEL.values(), (
             "Depo: k, hops along the cycle", "GSM: operations")):
-        by_level(axis, {(f"N = {n}", COLOURS[n]): ends(pattern, n)
-                        for n in experiment(pattern)[0]}, label)
+        for n in experiment(pattern)[0]:
+            of = [record["levels"] for record in ends(pattern, n)]
+            band(axis, {int(x): [100 * levels[x]["exact"] for levels in of] for x in of[0]},
+                 COLOURS[n], f"N = {n}", marker="o", ms=3)
+        floors = {int(x): 100 * level["floor"] for x, level in of[0].items()}
+        axis.plot(floors.keys(), floors.values(), color="black", lw=0.8, ls="--", label="floor")
+        axis.set(xlabel=label, ylim=(0, 102), xticks=[*floors])
     axes[0].set(ylabel="exact, %")
     outside(axes[1])
 
