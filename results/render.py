@@ -29,6 +29,7 @@ from results.bench import model_flops  # noqa: E402
 
 KINDS = r"Eq\.|Alg\.|Choice:|Differs:"  # of tags
 COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of N
+FLOOR = {"color": "black", "lw": 0.8, "ls": "--"}
 OLD = {"position": "window"}  # options that old logs lack, where that does not mean the default
 FREE = {*train.LEFT_OUT, "init", "seed", "loops", "eval_loops", "eval_every"}  # not compared
 
@@ -43,7 +44,7 @@ SETTINGS_T = {12: (2344, "base m3 m2 h8 factor d20"), 10: (782, "base m3 m2 fact
 FIG2A = {4: "converges", 8: "converges", **dict.fromkeys((10, 12, 14, 16), "ever more slowly")}
 PAPER = "--paper --fast compile"
 WINDOW = f"{PAPER} --position window --n_head 4"
-LONGER = 12, 16  # t of the runs with 160M tokens that the figure shows
+LONGER = 12, 16  # t of the runs with 160M tokens that figures show and WORTH compares with
 SUPPLY = {  # what the passes supply, t = 8
     "embed": ("four blocks, every pass from the embedding", "--carry embed --loops 4"),
     "resetS": ("four blocks, every pass from the window's S", "--no-carry_S --loops 4"),
@@ -57,13 +58,12 @@ SUPPLY = {  # what the passes supply, t = 8
                                "--layout as --position window --carry embed --loops 2"),
     "position-blocks2-resetS": ("two blocks, with a position, from the window's S",
                                 "--layout as --position window --no-carry_S --loops 2")}
-WORTH = {  # other ways to spend the compute of N = 4: steps, options
+WORTH = {  # other ways to spend compute: steps, options
     "tokens": ("N = 1, four times the tokens", 12500, "--loops 1"),
     "blocks8": ("N = 1, eight blocks", 3125, "--layout asasasas --loops 1"),
     "blocks16": ("N = 1, sixteen blocks", 3125, "--layout asasasasasasasas --loops 1"),
     "awake": ("the passes spent awake", 3125, "--sleep_at wake --no-carry_S --loops 4"),
     "rising": ("N = 1, then 2, then 4", 3125, "--loops_schedule 1,2,4 --loops 4")}
-WORTH_T = 12, 16
 SMALL = {
     "base": ("the default, N = 1, 2, 4", "--loops 1,2,4"),
     "position": ("with a position in the window", "--loops 1,2 --position window"),
@@ -101,11 +101,10 @@ RECIPES = [  # what the paper does with trained models, and its sliding window: 
            "--layout ama --init out/grafted --eviction sliding"))
       for n in (1, 2))]
 
-DEPO = ("--task depo --nodes 8 --hops 4 --questions 4 --names 4 --window 16 --layout asas "
-        "--d_model 128 --muon_lr 4e-3 --batch 256 --fast compile --loops 1,2,4")
-GSM = ("--task gsm --ops 6 --statements 8 --modulus 5 --variables 8 --window 50 --layout asas "
-       "--d_model 128 --muon_lr 4e-3 --batch 256 --fast compile --loops 1,2,4")
-BY_LEVEL = {"depo": ("depo/nodes8-s*.jsonl", "k"), "gsm": ("gsm/ops6-s*.jsonl", "operations")}
+DEPO, GSM = "depo/nodes8-s*.jsonl", "gsm/ops6-s*.jsonl"
+BY_LEVEL = {"depo": (DEPO, "k"), "gsm": (GSM, "operations")}  # table -> logs, what a level is
+OTHERS = ("--layout asas --d_model 128 --muon_lr 4e-3 --batch 256 --fast compile --loops 1,2,4 "
+          "--steps")
 
 SCARCE = [(640, "1,2", 800), (1600, "1,2", 800), (1600, "4", 800), (1600, "1", 3200),
           (1600, "2", 1600), (2048, "1,2", 800), (2048, "4", 800), (2048, "1", 3200),
@@ -128,10 +127,10 @@ TABLES = {
         *LONGER_ROWS.values()],
     "supply": [(name, "-", f"{PAPER} {options} --t 8", f"supply/t8-{key}-s*.jsonl")
                for key, (name, options) in SUPPLY.items()],
-    "worth": [*(LONGER_ROWS[t] for t in WORTH_T),
+    "worth": [*(LONGER_ROWS[t] for t in LONGER),
               *((f"t = {t}: {name}", "-", f"{PAPER} {options} --t {t} --steps {steps}",
                  f"worth/t{t}-{key}-s*.jsonl")
-                for t in WORTH_T for key, (name, steps, options) in WORTH.items())],
+                for t in LONGER for key, (name, steps, options) in WORTH.items())],
     "small": [(name, "-", f"{options} --t 4", f"small/{key}-s*.jsonl")
               for key, (name, options) in SMALL.items()],
     "scarce": [(f"{K:,} sequences, {steps:,} steps", "-",
@@ -140,9 +139,11 @@ TABLES = {
                for K, N, steps in SCARCE],
     "recipes": [(name, "-", options, f"small/{key}-s*.jsonl") for name, options, key in RECIPES],
     "depo": [("Depo, 8 nodes (Fig. 3)", "N = 1 little from k = 4 on, N = 2 stalls from 8",
-              f"{DEPO} --steps 6000", BY_LEVEL["depo"][0])],
-    "gsm": [("GSM, 6 operations (Fig. 4)", "more passes, more right", f"{GSM} --steps 12000",
-             BY_LEVEL["gsm"][0])],
+              "--task depo --nodes 8 --hops 4 --questions 4 --names 4 --window 16 "
+              f"{OTHERS} 6000", DEPO)],
+    "gsm": [("GSM, 6 operations (Fig. 4)", "more passes, more right",
+             "--task gsm --ops 6 --statements 8 --modulus 5 --variables 8 --window 50 "
+             f"{OTHERS} 12000", GSM)],
     "position": [
         *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{WINDOW} --loops 1,2,4 --t {t}",
            f"window-position/fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
@@ -211,6 +212,18 @@ def experiment(pattern: str) -> tuple[list[int], list[Log]]:
 def ends(pattern: str, n: int) -> list[dict]:
     """The last records with N = n, of every seed."""
     return [log.last[n] for log in experiment(pattern)[1] if n in log.last]
+
+
+def asked_after(pattern: str, n: int) -> dict[str, list[dict]]:
+    """Passes asleep -> the scores with so many of every seed's model, trained with N = n."""
+    of = [record["eval_loops"] for record in ends(pattern, n)]
+    return {passes: [scores[passes] for scores in of] for passes in of[0]}
+
+
+def exact(records: list[dict], level: str | None = None) -> list[float]:
+    """Of each record, in %: at a level, or at the hardest one, where there are several."""
+    by_level = [record.get("levels", {"only": record}) for record in records]
+    return [100 * levels[level or [*levels][-1]]["exact"] for levels in by_level]
 
 
 def card(header: dict) -> str:
@@ -289,14 +302,13 @@ def asked_table() -> str:
     rows, others = [], ["1", "2", "3", "4", "8"]
     for key, name in ("base", "N = {}"), ("random", "N = 1, 2 or 4, drawn in each step"):
         for n in experiment(pattern := f"small/{key}-s*.jsonl")[0]:
-            records = [record["eval_loops"] for record in ends(pattern, n)]
-            rows.append([name.format(n), *(
-                mean_and_range(exact([record[other] for record in records]))
-                if other in records[0] else "-" for other in others)])
-    records = [record["eval_loops"] for record in ends(BY_LEVEL["gsm"][0], 4)]
-    rows += [[f"N = 4, GSM, {level} needed", *(mean_and_range([
-        100 * record[n]["levels"][level]["exact"] for record in records]) for n in others)]
-        for level in "1234"]
+            after = asked_after(pattern, n)
+            rows.append([name.format(n), *(mean_and_range(exact(after[other])) if other in after
+                                           else "-" for other in others)])
+    after = asked_after(GSM, 4)
+    rows += [[f"N = 4, GSM, {level} needed",
+              *(mean_and_range(exact(after[other], level)) for other in others)]
+             for level in "1234"]
     return table(" | ".join(["trained with", *(f"asked after {n}" for n in others)]), rows)
 
 
@@ -341,7 +353,7 @@ def several_table() -> str:
     for _, header, (_, *records), _ in read("bench/several/*.jsonl"):
         count = int((re.match(r"(\d+) x ", header["hardware"]) or [0, 1])[1])
         for row in records:
-            if row.get("window") == 24:
+            if "ms" in row:
                 rows[row["loops"], count, header["config"]["batch"]] = row, header
     return table("devices | batch | N | ms a step | tokens/s | times one GPU | commit", [
         [card(header), f"{batch}", f"{n}", f"{row['ms']:.1f}", f"{row['tokens_per_s']:,.0f}",
@@ -353,13 +365,14 @@ def filled(text: str) -> str:
     """results/README.md with every table as the logs have it."""
     head = ("experiment | paper | `python train.py` ... | exact, % | floor | seeds | tokens | "
             "minutes | commit | logs")
-    made = {name: table(head, [row_of(*row) for row in rows]) for name, rows in TABLES.items()}
-    for name, of in BY_LEVEL.items():
-        [[first, paper, command, _, _, *others]] = [row_of(*row) for row in TABLES[name]]
-        made[name] = "\n\n".join([table(head, [[first, paper, command, "below", "below", *others]]),
-                                  level_table(*of)])
-    made["worth"] = table(f"{head} | PFLOPs", [[*row_of(*row), compute(row[-1])]
-                                               for row in TABLES["worth"]])
+    rows = {name: [row_of(*row) for row in of] for name, of in TABLES.items()}
+    for name in BY_LEVEL:
+        for row in rows[name]:
+            row[3:5] = "below", "below"  # exact and floor
+    made = {name: table(head, of) for name, of in rows.items()}
+    made |= {name: f"{made[name]}\n\n{level_table(*of)}" for name, of in BY_LEVEL.items()}
+    made["worth"] = table(f"{head} | PFLOPs", [[*row, compute(pattern)] for row, (*_, pattern)
+                                               in zip(rows["worth"], TABLES["worth"])])
     made |= {"asked": asked_table(), "dream": dream_table(), "speed": speed_tables(),
              "several": several_table()}
     block = re.compile(r"^<!-- table: (.*) -->\n(?:.*\n)*?<!-- end -->$", re.M)
@@ -413,11 +426,6 @@ def band(axis, points: dict[float, list[float]], colour, label: str, **style):
     axis.fill_between(x, [*map(min, y)], [*map(max, y)], color=colour, alpha=0.2, lw=0)
 
 
-def exact(records: list[dict]) -> list[float]:
-    """Of each record, in %: at the hardest level, where there are several."""
-    return [100 * [*record.get("levels", {0: record}).values()][-1]["exact"] for record in records]
-
-
 def course(pattern: str, n: int, x: str) -> dict[int, list[float]]:
     """Exact accuracy of all seeds in the course of training with N = n: x, "step" or "tokens" -> %.
     """
@@ -436,7 +444,12 @@ def against_tokens(axis, pattern: str, n: int, label: str, **style):
 
 def floor_line(axis, pattern: str):
     floor = experiment(pattern)[1][0].records[0]["floor"]
-    axis.axhline(100 * floor, color="black", lw=0.8, ls="--", label="floor")
+    axis.axhline(100 * floor, **FLOOR, label="floor")
+
+
+def floors_by(axis, floors: dict[int, float]):
+    """x -> the floor there."""
+    axis.plot([*floors], [100 * y for y in floors.values()], **FLOOR, label="floor")
 
 
 def outside(axis, **style):
@@ -463,8 +476,7 @@ def fig2a(figure):
              f"N = {n}", marker="o", ms=3)
         for axis, t in zip(right, LONGER):
             against_tokens(axis, f"longer/t{t}-s*.jsonl", n, f"N = {n}")
-    left.plot([*FIG2A], [100 * ends(f"fig2a/t{t}-s*.jsonl", 1)[0]["floor"] for t in FIG2A],
-              color="black", lw=0.8, ls="--", label="floor")
+    floors_by(left, {t: ends(f"fig2a/t{t}-s*.jsonl", 1)[0]["floor"] for t in FIG2A})
     left.set(title="after 40M tokens", xlabel="t, steps of the automaton", xticks=[*FIG2A],
              ylabel="exact, %", ylim=(0, 102))
     for axis, t in zip(right, LONGER):
@@ -478,7 +490,7 @@ def worth(figure):
     training, and a dot for each seed at its end against parameters."""
     figure.set_size_inches(7, 4.6)
     styles = {"tokens": "--", "blocks8": "-.", "blocks16": ":", "awake": ":", "rising": "--"}
-    for row, t in zip(figure.subplots(2, 3, sharey=True, sharex="col"), WORTH_T):
+    for row, t in zip(figure.subplots(2, 3, sharey=True, sharex="col"), LONGER):
         runs = [(f"N = {n}", f"longer/t{t}-s*.jsonl", n, "-") for n in (1, 2, 4)]
         runs += [(name, f"worth/t{t}-{key}-s*.jsonl", int(options[-1]), styles[key])
                  for key, (name, _, options) in WORTH.items()]
@@ -523,8 +535,7 @@ def small(figure):
             axis.plot(sum(x) / len(x), y + shift, "|", ms=8, color=COLOURS[n])
     for n in (1, 2, 4):
         axis.plot([], [], "o", ms=4, color=COLOURS[n], label=f"N = {n}")
-    axis.axvline(100 * ends("small/base-s*.jsonl", 1)[0]["floor"], color="black", lw=0.8, ls="--",
-                 label="floor")
+    axis.axvline(100 * ends("small/base-s*.jsonl", 1)[0]["floor"], **FLOOR, label="floor")
     axis.set(xlabel="exact, %", xlim=(0, 102), yticks=range(len(SMALL)), ylim=(len(SMALL), -1))
     axis.set_yticklabels([name for name, _ in SMALL.values()], fontsize=8)
     outside(axis)
@@ -535,18 +546,15 @@ def asked(figure):
     by operations, with a dot for each seed."""
     axes, pattern = figure.subplots(1, 2, sharey=True), "small/base-s*.jsonl"
     for n in experiment(pattern)[0]:
-        records = [record["eval_loops"] for record in ends(pattern, n)]
-        band(axes[0], {int(other): exact([record[other] for record in records])
-                       for other in records[0]}, COLOURS[n], f"trained with N = {n}",
+        band(axes[0], {int(passes): exact(records) for passes, records
+                       in asked_after(pattern, n).items()}, COLOURS[n], f"trained with N = {n}",
              marker="o", ms=3)
-    records = [record["eval_loops"] for record in ends(BY_LEVEL["gsm"][0], 4)]
+    after = asked_after(GSM, 4)
     for level, shade in (("1", "#9ecae1"), ("2", "#4292c6"), ("3", "#08519c"), ("4", "black")):
-        y = [[100 * record[n]["levels"][level]["exact"] for n in record] for record in records]
-        passes = [*map(int, records[0])]
-        axes[1].plot(passes, np.mean(y, axis=0), color=shade, label=f"{level} needed")
-        axes[1].plot(passes, np.transpose(y), "o", ms=3, mew=0, alpha=0.6, color=shade)
-        axes[1].axhline(100 * records[0]["4"]["levels"][level]["floor"], color=shade,
-                        lw=0.8, ls="--")
+        passes, y = [*map(int, after)], [exact(records, level) for records in after.values()]
+        axes[1].plot(passes, np.mean(y, axis=1), color=shade, label=f"{level} needed")
+        axes[1].plot(passes, y, "o", ms=3, mew=0, alpha=0.6, color=shade)
+        axes[1].axhline(100 * after["4"][0]["levels"][level]["floor"], **FLOOR | {"color": shade})
     axes[0].set(title="the default task", ylabel="exact, %", ylim=(0, 102))
     axes[1].set(title="GSM by operations, N = 4")
     floor_line(axes[0], pattern)
@@ -562,11 +570,11 @@ def tasks(figure):
     for axis, (pattern, _), label in zip(axes, BY_LEVEL.values(), (
             "Depo: k, hops along the cycle", "GSM: operations")):
         for n in experiment(pattern)[0]:
-            of = [record["levels"] for record in ends(pattern, n)]
-            band(axis, {int(x): [100 * levels[x]["exact"] for levels in of] for x in of[0]},
-                 COLOURS[n], f"N = {n}", marker="o", ms=3)
-        floors = {int(x): 100 * level["floor"] for x, level in of[0].items()}
-        axis.plot(floors.keys(), floors.values(), color="black", lw=0.8, ls="--", label="floor")
+            records = ends(pattern, n)
+            floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
+            band(axis, {x: exact(records, str(x)) for x in floors}, COLOURS[n], f"N = {n}",
+                 marker="o", ms=3)
+        floors_by(axis, floors)
         axis.set(xlabel=label, ylim=(0, 102), xticks=[*floors])
     axes[0].set(ylabel="exact, %")
     outside(axes[1])
@@ -599,8 +607,7 @@ def position(figure):
         for n in (1, 2, 4):
             band(axis, {t: exact(ends(pattern.format(t), n)) for t in ts}, COLOURS[n],
                  f"N = {n}", marker="o", ms=3)
-        axis.plot(ts, [100 * ends(pattern.format(t), 1)[0]["floor"] for t in ts],
-                  color="black", lw=0.8, ls="--", label="floor")
+        floors_by(axis, {t: ends(pattern.format(t), 1)[0]["floor"] for t in ts})
         axis.set(title=f"{title}, 40M tokens", xlabel="t, steps of the automaton", xticks=ts,
                  ylim=(0, 102))
     for n in (1, 4):
