@@ -44,7 +44,7 @@ SETTINGS_T = {12: (2344, "base m3 m2 h8 factor d20"), 10: (782, "base m3 m2 fact
 FIG2A = {4: "converges", 8: "converges", **dict.fromkeys((10, 12, 14, 16), "ever more slowly")}
 PAPER = "--paper --fast compile"
 WINDOW = f"{PAPER} --position window --n_head 4"
-LONGER = 12, 16  # t of the runs with 160M tokens that figures show and WORTH compares with
+LONGER = 12, 16  # t of the runs with 160M tokens that WORTH compares with
 SUPPLY = {  # what the passes supply, t = 8
     "embed": ("four blocks, every pass from the embedding", "--carry embed --loops 4"),
     "resetS": ("four blocks, every pass from the window's S", "--no-carry_S --loops 4"),
@@ -101,10 +101,12 @@ RECIPES = [  # what the paper does with trained models, and its sliding window: 
            "--layout ama --init out/grafted --eviction sliding"))
       for n in (1, 2))]
 
-DEPO, GSM = "depo/nodes8-s*.jsonl", "gsm/ops6-s*.jsonl"
-BY_LEVEL = {"depo": (DEPO, "k"), "gsm": (GSM, "operations")}  # table -> logs, what a level is
-OTHERS = ("--layout asas --d_model 128 --muon_lr 4e-3 --batch 256 --fast compile --loops 1,2,4 "
-          "--steps")
+DEPO, GSM = "depo/nodes8-s*.jsonl", "gsm/ops6-half-s*.jsonl"  # which the figures show
+BY_LEVEL = {"depo": "k", "gsm": "operations"}  # table -> what a level is
+OTHERS = "--layout asas --d_model 128 --batch 256 --fast compile --muon_lr"
+NODES8 = f"--task depo --nodes 8 --hops 4 --questions 4 --names 4 --window 16 {OTHERS}"
+OPS6 = f"--task gsm --ops 6 --statements 8 --modulus 5 --variables 8 --window 50 {OTHERS}"
+WITH_COMPUTE = "fig2b", "worth", "depo", "gsm"  # tables that say what training took
 
 SCARCE = [(640, "1,2", 800), (1600, "1,2", 800), (1600, "4", 800), (1600, "1", 3200),
           (1600, "2", 1600), (2048, "1,2", 800), (2048, "4", 800), (2048, "1", 3200),
@@ -112,6 +114,10 @@ SCARCE = [(640, "1,2", 800), (1600, "1,2", 800), (1600, "4", 800), (1600, "1", 3
           (3200, "1", 3200), (6400, "1,2", 800), (6400, "4", 800), (6400, "1", 1600)]  # K, N, steps
 LONGER_ROWS = {t: (f"t = {t}, for longer", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
                    f"longer/t{t}-s*.jsonl") for t in (12, 14, 16)}
+
+FIG2B = "t32/N?.jsonl", "t32/N1-5B.jsonl"  # 2 billion tokens, 5 billion
+T32 = f"{PAPER} --t 32 --steps"
+PAPERS_T32 = "after 4 to 5 billion tokens N = 1 about 10, N = 2 about 20, N = 3 and 4 above 30"
 
 # table -> its rows: experiment, what the paper has, options of train.py, logs
 TABLES = {
@@ -125,6 +131,11 @@ TABLES = {
         *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{PAPER} --loops 1,2,4 --t {t}",
            f"fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
         *LONGER_ROWS.values()],
+    "fig2b": [
+        ("t = 32 (Fig. 2b)", PAPERS_T32, f"{T32} 39063 --loops 1,2,3,4", FIG2B[0]),
+        ("t = 32, N = 1, for longer", "the same", f"{T32} 97656 --loops 1", FIG2B[1]),
+        ("t rises: 8, 12, ..., 28, 30, 32 (by t)", "-", f"{T32} 39063 --loops 1,2,4 --curriculum "
+         "8,12,16,20,24,28,30,32 --eval_size 8192", "t32/rising-N?.jsonl")],
     "supply": [(name, "-", f"{PAPER} {options} --t 8", f"supply/t8-{key}-s*.jsonl")
                for key, (name, options) in SUPPLY.items()],
     "worth": [*(LONGER_ROWS[t] for t in LONGER),
@@ -138,12 +149,26 @@ TABLES = {
                 f"small/scarce{K}-N{N.replace(',', '')}-for{steps}-s*.jsonl")
                for K, N, steps in SCARCE],
     "recipes": [(name, "-", options, f"small/{key}-s*.jsonl") for name, options, key in RECIPES],
-    "depo": [("Depo, 8 nodes (Fig. 3)", "N = 1 little from k = 4 on, N = 2 stalls from 8",
-              "--task depo --nodes 8 --hops 4 --questions 4 --names 4 --window 16 "
-              f"{OTHERS} 6000", DEPO)],
-    "gsm": [("GSM, 6 operations (Fig. 4)", "more passes, more right",
-             "--task gsm --ops 6 --statements 8 --modulus 5 --variables 8 --window 50 "
-             f"{OTHERS} 12000", GSM)],
+    "depo": [
+        ("8 nodes (Fig. 3)", "N = 1 little from k = 4 on, N = 2 stalls from 8",
+         f"{NODES8} 4e-3 --steps 6000 --loops 1,2,4", DEPO),
+        ("half the rate", "-", f"{NODES8} 2e-3 --steps 6000 --loops 1,2,4",
+         "depo/nodes8-half-s*.jsonl"),
+        *(("four times the tokens", "-", f"{NODES8} 4e-3 --steps 24000 --loops {n}",
+           f"depo/nodes8-N{n}x4-s*.jsonl") for n in (1, 2)),
+        ("half the rate, four times the tokens", "-", f"{NODES8} 2e-3 --steps 24000 --loops 1",
+         "depo/nodes8-half-N1x4-s*.jsonl")],
+    "gsm": [
+        ("6 operations (Fig. 4)", "more passes, more right",
+         f"{OPS6} 2e-3 --steps 12000 --loops 1,2,4", GSM),
+        ("four times the tokens", "-", f"{OPS6} 2e-3 --steps 48000 --loops 1",
+         "gsm/ops6-half-N1x4-s*.jsonl"),
+        ("twice the rate", "-", f"{OPS6} 4e-3 --steps 12000 --loops 1,2,4", "gsm/ops6-s?.jsonl"),
+        ("twice the rate, four times the tokens", "-", f"{OPS6} 4e-3 --steps 48000 --loops 1",
+         "gsm/ops6-N1x4-s*.jsonl"),
+        *(("sliding window (Fig. 5)", "N = 4 ahead of N = 1",
+           f"{OPS6.replace('50', '10 --eviction sliding')} 2e-3 --steps 12000 --loops {loops}",
+           f"gsm/ops6-sliding-N{of}-s*.jsonl") for loops, of in (("1,2", "[12]"), ("4", "4")))],
     "position": [
         *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{WINDOW} --loops 1,2,4 --t {t}",
            f"window-position/fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
@@ -151,8 +176,7 @@ TABLES = {
            f"window-position/heads8/t{t}-s*.jsonl") for t in (10, 12)),
         *((f"t = {t}, two blocks", "-", f"{WINDOW} --layout as --loops 1,2,4 --t {t}",
            f"window-position/two-blocks/t{t}-s*.jsonl") for t in (8, 10)),
-        ("t = 32 (Fig. 2b)", "after 4 to 5 billion tokens N = 1 about 10, N = 2 about 20, N = 3 "
-         "and 4 above 30", f"{WINDOW} --loops 1,2,3,4 --t 32 --steps 9766",
+        ("t = 32 (Fig. 2b)", PAPERS_T32, f"{WINDOW} --loops 1,2,3,4 --t 32 --steps 9766",
          "window-position/t32/N*.jsonl"),
         ("t = 32, for longer", "the same", f"{WINDOW} --loops 1,4 --t 32 --steps 39063",
          "window-position/t32-2B/N*.jsonl")]}
@@ -264,16 +288,21 @@ def row_of(name: str, paper: str, arguments: str, pattern: str) -> list[str]:
             joined(log.header["commit"] for log in logs), f"`{pattern}`"]
 
 
-def level_table(pattern: str, word: str) -> str:
-    """Exact accuracy and loss by level, for every N, and the floors."""
-    rows = []
-    for name, score, scale, digits in (("exact, %", "exact", 100, 1), ("loss", "loss", 1, 3)):
-        for n in experiment(pattern)[0]:
-            of = [record["levels"] for record in ends(pattern, n)]
-            rows.append([f"{name}: N = {n}", *(mean_and_range(
-                [scale * levels[x][score] for levels in of], digits) for x in of[0])])
-    floors = [f"{100 * level['floor']:.1f}" for level in of[0].values()]
-    return table(" | ".join([word, *of[0]]), [*rows, ["floor of exact, %", *floors]])
+def level_table(name: str) -> str:
+    """By level, for every N: exact accuracy in a table's experiments, its floors, and the loss in
+    the first experiment."""
+    def rows_of(experiments, score, scale, digits, what=""):
+        for title, _, _, pattern in experiments:
+            for n in experiment(pattern)[0]:
+                of = [record["levels"] for record in ends(pattern, n)]
+                yield [f"{title}, N = {n}{what}", *(mean_and_range(
+                    [scale * levels[x][score] for levels in of], digits) for x in of[0])]
+
+    levels = ends(TABLES[name][0][-1], 1)[0]["levels"]
+    return table(" | ".join([f"exact, % by {BY_LEVEL[name]}", *levels]), [
+        *rows_of(TABLES[name], "exact", 100, 1),
+        ["floor", *(f"{100 * level['floor']:.1f}" for level in levels.values())],
+        *rows_of(TABLES[name][:1], "loss", 1, 3, ": loss")])
 
 
 def table(head: str, rows: list[list[str]]) -> str:
@@ -351,28 +380,29 @@ def several_table() -> str:
     """Training on several GPUs, each N beside one GPU with a batch of 512."""
     rows = {}
     for _, header, (_, *records), _ in read("bench/several/*.jsonl"):
-        count = int((re.match(r"(\d+) x ", header["hardware"]) or [0, 1])[1])
+        count, kind = re.fullmatch(r"(?:(\d+) x )?(.*)", card(header)).groups()
+        count = int(count or 1)
         for row in records:
             if "ms" in row:
-                rows[row["loops"], count, header["config"]["batch"]] = row, header
+                rows[kind, row["loops"], count, header["config"]["batch"]] = row, header
     return table("devices | batch | N | ms a step | tokens/s | times one GPU | commit", [
         [card(header), f"{batch}", f"{n}", f"{row['ms']:.1f}", f"{row['tokens_per_s']:,.0f}",
-         f"{row['tokens_per_s'] / rows[n, 1, 512][0]['tokens_per_s']:.2f}", header["commit"]]
-        for (n, _, batch), (row, header) in sorted(rows.items(), key=lambda item: item[0])])
+         f"{row['tokens_per_s'] / rows[kind, n, 1, 512][0]['tokens_per_s']:.2f}", header["commit"]]
+        for (kind, n, _, batch), (row, header) in sorted(rows.items(), key=lambda item: item[0])])
 
 
 def filled(text: str) -> str:
     """results/README.md with every table as the logs have it."""
     head = ("experiment | paper | `python train.py` ... | exact, % | floor | seeds | tokens | "
             "minutes | commit | logs")
-    rows = {name: [row_of(*row) for row in of] for name, of in TABLES.items()}
-    for name in BY_LEVEL:
-        for row in rows[name]:
-            row[3:5] = "below", "below"  # exact and floor
-    made = {name: table(head, of) for name, of in rows.items()}
-    made |= {name: f"{made[name]}\n\n{level_table(*of)}" for name, of in BY_LEVEL.items()}
-    made["worth"] = table(f"{head} | PFLOPs", [[*row, compute(pattern)] for row, (*_, pattern)
-                                               in zip(rows["worth"], TABLES["worth"])])
+    made = {}
+    for name, of in TABLES.items():
+        rows = [row_of(*row) for row in of]
+        for row, (*_, pattern) in zip(rows, of):
+            row += [compute(pattern)] if name in WITH_COMPUTE else []
+            row[3:5] = ("below", "below") if name in BY_LEVEL else row[3:5]  # exact and floor
+        made[name] = table(head + " | PFLOPs" * (name in WITH_COMPUTE), rows)
+    made |= {name: f"{made[name]}\n\n{level_table(name)}" for name in BY_LEVEL}
     made |= {"asked": asked_table(), "dream": dream_table(), "speed": speed_tables(),
              "several": several_table()}
     block = re.compile(r"^<!-- table: (.*) -->\n(?:.*\n)*?<!-- end -->$", re.M)
@@ -437,6 +467,14 @@ def course(pattern: str, n: int, x: str) -> dict[int, list[float]]:
     return points
 
 
+def spent(pattern: str, n: int) -> tuple[list[float], list[float], list[float]]:
+    """Means over seeds in the course of training with N = n: tokens, FLOPs, exact accuracy in %."""
+    config, points = experiment(pattern)[1][0].header["config"], course(pattern, n, "step")
+    of_step = flops(config, n)
+    return ([*course(pattern, n, "tokens")], [of_step[step] for step in points],
+            [sum(y) / len(y) for y in points.values()])
+
+
 def against_tokens(axis, pattern: str, n: int, label: str, **style):
     points = {tokens / 1e6: y for tokens, y in course(pattern, n, "tokens").items()}
     band(axis, points, COLOURS[n], label, **style)
@@ -470,19 +508,51 @@ def laptop(figure):
 def fig2a(figure):
     """The paper's Fig. 2a: exact accuracy by t after 40M tokens, and in the course of longer runs.
     """
-    left, *right = figure.subplots(1, 1 + len(LONGER), sharey=True)
+    left, *right = figure.subplots(1, 1 + len(LONGER_ROWS), sharey=True)
     for n in (1, 2, 4):
         band(left, {t: exact(ends(f"fig2a/t{t}-s*.jsonl", n)) for t in FIG2A}, COLOURS[n],
              f"N = {n}", marker="o", ms=3)
-        for axis, t in zip(right, LONGER):
+        for axis, t in zip(right, LONGER_ROWS):
             against_tokens(axis, f"longer/t{t}-s*.jsonl", n, f"N = {n}")
     floors_by(left, {t: ends(f"fig2a/t{t}-s*.jsonl", 1)[0]["floor"] for t in FIG2A})
-    left.set(title="after 40M tokens", xlabel="t, steps of the automaton", xticks=[*FIG2A],
+    left.set(title="40M tokens", xlabel="t, steps", xticks=[4, 8, 12, 16],
              ylabel="exact, %", ylim=(0, 102))
-    for axis, t in zip(right, LONGER):
+    for axis, t in zip(right, LONGER_ROWS):
         floor_line(axis, f"longer/t{t}-s*.jsonl")
-        axis.set(title=f"t = {t}", xlabel="training tokens, millions")
+        axis.set(title=f"t = {t}", xlabel="tokens, millions")
     outside(right[-1])
+
+
+def fig2b(figure):
+    """The paper's Fig. 2b, t = 32, with what the paper prints after 4 to 5 billion tokens: exact
+    accuracy against tokens and against training FLOPs; thin: with a position in the window.
+    """
+    figure.set_size_inches(7, 3.4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    runs = [*((FIG2B[0], n, {"lw": 1.5}, f"N = {n}") for n in (1, 2, 3, 4)),
+            (FIG2B[1], 1, {"lw": 1.5, "ls": "--"}, "N = 1, for longer"),
+            *(("window-position/t32-2B/N*.jsonl", n, {"lw": 0.7}, f"N = {n}, with a position")
+              for n in (1, 4))]
+    for pattern, n, look, name in runs:
+        tokens, cost, y = spent(pattern, n)
+        look |= {"color": COLOURS[n]}
+        left.plot([x / 1e9 for x in tokens], y, **look)
+        right.plot([x / 1e15 for x in cost], y, **look, label=name)
+    for n, y, label in ((1, 10, "1"), (2, 20, "2"), (4, 30, "3, 4: above")):
+        left.plot(4.5, y, "s", color=COLOURS[n], ms=4)
+        left.annotate(f"paper, N = {label}", (4.5, y), (0, -10), textcoords="offset points",
+                      fontsize=7, ha="center")
+    answers = truth_table(24, 32, 110)
+    for seen in (16, 20, 22, 23):
+        for axis in (left, right):
+            axis.axhline(y := oracle(answers, seen), color="black", lw=0.5, ls=":")
+        right.annotate(f"{seen} of 24 cells known", (1, y), (0, 2), ha="right", fontsize=7,
+                       xycoords=("axes fraction", "data"), textcoords="offset points")
+    for axis, label in ((left, "training tokens, billions"), (right, "training PFLOPs")):
+        floor_line(axis, pattern)
+        axis.set(xlabel=label, ylim=(0, 70))
+    left.set(ylabel="exact, %, t = 32")
+    outside(right, fontsize=7)
 
 
 def worth(figure):
@@ -495,14 +565,12 @@ def worth(figure):
         runs += [(name, f"worth/t{t}-{key}-s*.jsonl", int(options[-1]), styles[key])
                  for key, (name, _, options) in WORTH.items()]
         for name, pattern, n, style in runs:
-            config, points = experiment(pattern)[1][0].header["config"], course(pattern, n, "step")
-            y, spent = [sum(x) / len(x) for x in points.values()], flops(config, n)
-            tokens = ends(pattern, n)[0]["tokens"] / config["steps"]
+            tokens, cost, y = spent(pattern, n)
             look = {"color": COLOURS[n], "ls": style, "lw": 1.2}
-            row[0].plot([spent[step] / 1e15 for step in points], y, **look)
-            row[1].plot([step * tokens / 1e6 for step in points], y, **look, label=name)
+            row[0].plot([x / 1e15 for x in cost], y, **look)
+            row[1].plot([x / 1e6 for x in tokens], y, **look, label=name)
+            config, last = experiment(pattern)[1][0].header["config"], exact(ends(pattern, n))
             _, model = train.build(config | {"dtype": "float32"})
-            last = points[config["steps"]]
             row[2].plot([train.parameters_of(model) / 1e6] * len(last), last, "o", ms=4, mew=0,
                         alpha=0.7, color=COLOURS[n])
         row[0].set(ylabel=f"exact, %, t = {t}", ylim=(0, 103), xlim=(0.5, 16))
@@ -567,8 +635,8 @@ def asked(figure):
 def tasks(figure):
     """Exact accuracy on Depo by hops and on GSM by operations."""
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (pattern, _), label in zip(axes, BY_LEVEL.values(), (
-            "Depo: k, hops along the cycle", "GSM: operations")):
+    for axis, pattern, label in ((axes[0], DEPO, "Depo: k, hops along the cycle"),
+                                 (axes[1], GSM, "GSM: operations")):
         for n in experiment(pattern)[0]:
             records = ends(pattern, n)
             floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
@@ -598,12 +666,11 @@ def settings(figure):
 
 
 def position(figure):
-    """With a vector for the place in the window: by t with four blocks, with two; t = 32."""
-    figure.set_size_inches(7, 5.2)
-    axes = figure.subplot_mosaic([["fig2a", "two-blocks"], ["t32", "t32"]])
-    for name, ts, title in (("fig2a", [*FIG2A], "four blocks"),
-                                ("two-blocks", [8, 10], "two blocks")):
-        axis, pattern = axes[name], f"window-position/{name}/t{{}}-s*.jsonl"
+    """With a vector for the place in the window: by t with four blocks, with two."""
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
+    for axis, name, ts, title in ((axes[0], "fig2a", [*FIG2A], "four blocks"),
+                                  (axes[1], "two-blocks", [8, 10], "two blocks")):
+        pattern = f"window-position/{name}/t{{}}-s*.jsonl"
         for n in (1, 2, 4):
             band(axis, {t: exact(ends(pattern.format(t), n)) for t in ts}, COLOURS[n],
                  f"N = {n}", marker="o", ms=3)
@@ -612,37 +679,10 @@ def position(figure):
                  ylim=(0, 102))
     for n in (1, 4):
         y = exact(ends("settings/base-t10-s*.jsonl", n))
-        axes["fig2a"].plot([10 + n / 10] * len(y), y, "o", ms=3, mfc="none", color=COLOURS[n],
-                           label=f"N = {n}, without")
-    axes["fig2a"].set(ylabel="exact, %")
-    axes["fig2a"].legend(loc="center left", fontsize=7)
-    until_t32(axes["t32"])
-
-
-def until_t32(axis):
-    """The paper's Fig. 2b: t = 32, with what the paper prints after 4 to 5 billion tokens.
-
-    Dotted is the best that can be done from some neighbouring cells.
-    """
-    for name, style in (("t32", {"lw": 0.8}), ("t32-2B", {"lw": 2})):
-        loops, logs = experiment(pattern := f"window-position/{name}/N*.jsonl")
-        billions = logs[0].records[-1]["tokens"] / 1e9
-        for n in loops:
-            against_tokens(axis, pattern, n, f"N = {n}, {billions:.1f} billion tokens", **style)
-    for n, y, label in ((1, 10, "N = 1"), (2, 20, "N = 2"), (4, 30, "N = 3, 4: above")):
-        axis.plot(4500, y, "s", color=COLOURS[n], ms=4)
-        axis.annotate(f"paper, {label}", (4500, y), (6, 2), textcoords="offset points", fontsize=7)
-    floor_line(axis, pattern)
-    answers = truth_table(24, 32, 110)
-    for seen in (16, 20, 22):
-        axis.axhline(y := oracle(answers, seen), color="black", lw=0.5, ls=":")
-        axis.annotate(f"{seen} of 24 cells known", (90000, y), (0, 2), ha="right",
-                      textcoords="offset points", fontsize=7)
-    axis.set(title="t = 32, four blocks", xlabel="training tokens, millions", ylabel="exact, %",
-             xlim=(38, 90000), ylim=(0, 40))
-    axis.set_xscale("log", nonpositive="mask")
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    outside(axis, fontsize=7)
+        axes[0].plot([10 + n / 10] * len(y), y, "o", ms=3, mfc="none", color=COLOURS[n],
+                     label=f"N = {n}, without")
+    axes[0].set(ylabel="exact, %")
+    axes[0].legend(loc="center left", fontsize=7)
 
 
 def truth_table(cells: int, t: int, rule: int) -> np.ndarray:
@@ -707,7 +747,7 @@ def draw(folder: Path):
     from matplotlib.figure import Figure
     look = {"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    for make in (laptop, asked, fig2a, worth, small, tasks, settings, position, speed):
+    for make in (laptop, asked, fig2a, fig2b, worth, small, tasks, settings, position, speed):
         with matplotlib.rc_context(look):
             make(figure := Figure(figsize=(7, 2.8), layout="constrained"))
             figure.savefig(svg := io.BytesIO(), format="svg",
