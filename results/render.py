@@ -44,7 +44,7 @@ SETTINGS_T = {12: (2344, "base m3 m2 h8 factor d20"), 10: (782, "base m3 m2 fact
 FIG2A = {4: "converges", 8: "converges", **dict.fromkeys((10, 12, 14, 16), "ever more slowly")}
 PAPER = "--paper --fast compile"
 WINDOW = f"{PAPER} --position window --n_head 4"
-LONGER = 12, 16  # t of the runs with 160M tokens that WORTH compares with
+WORTH_T = 12, 16  # t of the runs with 160M tokens that WORTH compares with
 SUPPLY = {  # what the passes supply, t = 8
     "embed": ("four blocks, every pass from the embedding", "--carry embed --loops 4"),
     "resetS": ("four blocks, every pass from the window's S", "--no-carry_S --loops 4"),
@@ -103,20 +103,21 @@ RECIPES = [  # what the paper does with trained models, and its sliding window: 
 
 DEPO, GSM = "depo/nodes8-s*.jsonl", "gsm/ops6-half-s*.jsonl"  # which the figures show
 BY_LEVEL = {"depo": "k", "gsm": "operations"}  # table -> what a level is
-OTHERS = "--layout asas --d_model 128 --batch 256 --fast compile --muon_lr"
+OTHERS = "--layout asas --d_model 128 --batch 256 --fast compile"
 NODES8 = f"--task depo --nodes 8 --hops 4 --questions 4 --names 4 --window 16 {OTHERS}"
-OPS6 = f"--task gsm --ops 6 --statements 8 --modulus 5 --variables 8 --window 50 {OTHERS}"
+OPS6 = f"--task gsm --ops 6 --statements 8 --modulus 5 --variables 8 {OTHERS}"
 WITH_COMPUTE = "fig2b", "worth", "depo", "gsm"  # tables that say what training took
 
 SCARCE = [(640, "1,2", 800), (1600, "1,2", 800), (1600, "4", 800), (1600, "1", 3200),
           (1600, "2", 1600), (2048, "1,2", 800), (2048, "4", 800), (2048, "1", 3200),
           (2048, "2", 1600), (3200, "1,2", 800), (3200, "4", 800), (3200, "1", 1600),
           (3200, "1", 3200), (6400, "1,2", 800), (6400, "4", 800), (6400, "1", 1600)]  # K, N, steps
-LONGER_ROWS = {t: (f"t = {t}, for longer", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
+LONGER_ROWS = {t: (f"t = {t}, 160M tokens", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
                    f"longer/t{t}-s*.jsonl") for t in (12, 14, 16)}
 
-FIG2B = "t32/N?.jsonl", "t32/N1-5B.jsonl"  # 2 billion tokens, 5 billion
-T32 = f"{PAPER} --t 32 --steps"
+T32_LOGS, T32_LONGER = "t32/N?.jsonl", "t32/N1-5B.jsonl"
+T32_POSITION = "window-position/t32-2B/N*.jsonl"
+T32 = f"{PAPER} --t 32"
 PAPERS_T32 = "after 4 to 5 billion tokens N = 1 about 10, N = 2 about 20, N = 3 and 4 above 30"
 
 # table -> its rows: experiment, what the paper has, options of train.py, logs
@@ -132,16 +133,16 @@ TABLES = {
            f"fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
         *LONGER_ROWS.values()],
     "fig2b": [
-        ("t = 32 (Fig. 2b)", PAPERS_T32, f"{T32} 39063 --loops 1,2,3,4", FIG2B[0]),
-        ("t = 32, N = 1, for longer", "the same", f"{T32} 97656 --loops 1", FIG2B[1]),
-        ("t rises: 8, 12, ..., 28, 30, 32 (by t)", "-", f"{T32} 39063 --loops 1,2,4 --curriculum "
-         "8,12,16,20,24,28,30,32 --eval_size 8192", "t32/rising-N?.jsonl")],
+        ("t = 32 (Fig. 2b)", PAPERS_T32, f"{T32} --steps 39063 --loops 1,2,3,4", T32_LOGS),
+        ("t = 32, 5 billion tokens", "the same", f"{T32} --steps 97656 --loops 1", T32_LONGER),
+        ("t = 8, then 12, 16, 20, 24, 28, 30, 32 (by t)", "-", f"{T32} --steps 39063 --loops 1,2,4"
+         " --curriculum 8,12,16,20,24,28,30,32 --eval_size 8192", "t32/rising-N?.jsonl")],
     "supply": [(name, "-", f"{PAPER} {options} --t 8", f"supply/t8-{key}-s*.jsonl")
                for key, (name, options) in SUPPLY.items()],
-    "worth": [*(LONGER_ROWS[t] for t in LONGER),
+    "worth": [*(LONGER_ROWS[t] for t in WORTH_T),
               *((f"t = {t}: {name}", "-", f"{PAPER} {options} --t {t} --steps {steps}",
                  f"worth/t{t}-{key}-s*.jsonl")
-                for t in LONGER for key, (name, steps, options) in WORTH.items())],
+                for t in WORTH_T for key, (name, steps, options) in WORTH.items())],
     "small": [(name, "-", f"{options} --t 4", f"small/{key}-s*.jsonl")
               for key, (name, options) in SMALL.items()],
     "scarce": [(f"{K:,} sequences, {steps:,} steps", "-",
@@ -150,24 +151,27 @@ TABLES = {
                for K, N, steps in SCARCE],
     "recipes": [(name, "-", options, f"small/{key}-s*.jsonl") for name, options, key in RECIPES],
     "depo": [
-        ("8 nodes (Fig. 3)", "N = 1 little from k = 4 on, N = 2 stalls from 8",
-         f"{NODES8} 4e-3 --steps 6000 --loops 1,2,4", DEPO),
-        ("half the rate", "-", f"{NODES8} 2e-3 --steps 6000 --loops 1,2,4",
+        ("rate 4e-3 (Fig. 3)", "N = 1 little from k = 4 on, N = 2 stalls from 8",
+         f"{NODES8} --muon_lr 4e-3 --steps 6000 --loops 1,2,4", DEPO),
+        ("rate 2e-3", "-", f"{NODES8} --muon_lr 2e-3 --steps 6000 --loops 1,2,4",
          "depo/nodes8-half-s*.jsonl"),
-        *(("four times the tokens", "-", f"{NODES8} 4e-3 --steps 24000 --loops {n}",
-           f"depo/nodes8-N{n}x4-s*.jsonl") for n in (1, 2)),
-        ("half the rate, four times the tokens", "-", f"{NODES8} 2e-3 --steps 24000 --loops 1",
-         "depo/nodes8-half-N1x4-s*.jsonl")],
+        *(("rate 4e-3, four times the tokens", "-",
+           f"{NODES8} --muon_lr 4e-3 --steps 24000 --loops {n}", f"depo/nodes8-N{n}x4-s*.jsonl")
+          for n in (1, 2)),
+        ("rate 2e-3, four times the tokens", "-",
+         f"{NODES8} --muon_lr 2e-3 --steps 24000 --loops 1", "depo/nodes8-half-N1x4-s*.jsonl")],
     "gsm": [
-        ("6 operations (Fig. 4)", "more passes, more right",
-         f"{OPS6} 2e-3 --steps 12000 --loops 1,2,4", GSM),
-        ("four times the tokens", "-", f"{OPS6} 2e-3 --steps 48000 --loops 1",
+        ("rate 2e-3 (Fig. 4)", "more passes, more right",
+         f"{OPS6} --window 50 --muon_lr 2e-3 --steps 12000 --loops 1,2,4", GSM),
+        ("rate 2e-3, four times the tokens", "-",
+         f"{OPS6} --window 50 --muon_lr 2e-3 --steps 48000 --loops 1",
          "gsm/ops6-half-N1x4-s*.jsonl"),
-        ("twice the rate", "-", f"{OPS6} 4e-3 --steps 12000 --loops 1,2,4", "gsm/ops6-s?.jsonl"),
-        ("twice the rate, four times the tokens", "-", f"{OPS6} 4e-3 --steps 48000 --loops 1",
-         "gsm/ops6-N1x4-s*.jsonl"),
+        ("rate 4e-3", "-", f"{OPS6} --window 50 --muon_lr 4e-3 --steps 12000 --loops 1,2,4",
+         "gsm/ops6-s?.jsonl"),
+        ("rate 4e-3, four times the tokens", "-",
+         f"{OPS6} --window 50 --muon_lr 4e-3 --steps 48000 --loops 1", "gsm/ops6-N1x4-s*.jsonl"),
         *(("sliding window (Fig. 5)", "N = 4 ahead of N = 1",
-           f"{OPS6.replace('50', '10 --eviction sliding')} 2e-3 --steps 12000 --loops {loops}",
+           f"{OPS6} --window 10 --eviction sliding --muon_lr 2e-3 --steps 12000 --loops {loops}",
            f"gsm/ops6-sliding-N{of}-s*.jsonl") for loops, of in (("1,2", "[12]"), ("4", "4")))],
     "position": [
         *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{WINDOW} --loops 1,2,4 --t {t}",
@@ -178,8 +182,8 @@ TABLES = {
            f"window-position/two-blocks/t{t}-s*.jsonl") for t in (8, 10)),
         ("t = 32 (Fig. 2b)", PAPERS_T32, f"{WINDOW} --loops 1,2,3,4 --t 32 --steps 9766",
          "window-position/t32/N*.jsonl"),
-        ("t = 32, for longer", "the same", f"{WINDOW} --loops 1,4 --t 32 --steps 39063",
-         "window-position/t32-2B/N*.jsonl")]}
+        ("t = 32, 2 billion tokens", "the same", f"{WINDOW} --loops 1,4 --t 32 --steps 39063",
+         T32_POSITION)]}
 ROWS = {row[-1]: row for rows in TABLES.values() for row in rows}
 
 
@@ -238,6 +242,11 @@ def ends(pattern: str, n: int) -> list[dict]:
     return [log.last[n] for log in experiment(pattern)[1] if n in log.last]
 
 
+def config_of(pattern: str) -> dict:
+    """The configuration of the first log of a row."""
+    return experiment(pattern)[1][0].header["config"]
+
+
 def asked_after(pattern: str, n: int) -> dict[str, list[dict]]:
     """Passes asleep -> the scores with so many of every seed's model, trained with N = n."""
     of = [record["eval_loops"] for record in ends(pattern, n)]
@@ -269,10 +278,11 @@ def mean_and_range(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} [{low}, {high}]"
 
 
-def levels(records: list[dict], score: str) -> str:
-    """A score in %, over the seeds' records, by level where there are several."""
+def levels(records: list[dict], score: str, scale: float = 100, digits: int = 1) -> list[str]:
+    """A score over the seeds' records, of each level: in %, unless scaled otherwise."""
     by_level = zip(*(record.get("levels", {0: record}).values() for record in records))
-    return " / ".join(mean_and_range([100 * level[score] for level in seeds]) for seeds in by_level)
+    return [mean_and_range([scale * level[score] for level in seeds], digits)
+            for seeds in by_level]
 
 
 def row_of(name: str, paper: str, arguments: str, pattern: str) -> list[str]:
@@ -281,28 +291,24 @@ def row_of(name: str, paper: str, arguments: str, pattern: str) -> list[str]:
     last = [record for n in loops for record in ends(pattern, n)]
     seeds, minutes = len(last) // len(loops), sum(record["seconds"] for record in last) / 60
     return [name, paper, f"`{arguments}`",
-            "; ".join(f"N = {n}: {levels(ends(pattern, n), 'exact')}" for n in loops),
-            joined(levels([record], "floor") for record in last), f"{seeds}",
+            "; ".join(f"N = {n}: {' / '.join(levels(ends(pattern, n), 'exact'))}" for n in loops),
+            joined(" / ".join(levels([record], "floor")) for record in last), f"{seeds}",
             f"{last[0]['tokens'] / 1e6:.1f}M",
             f"{minutes / seeds:.1f} {joined(card(log.header) for log in logs)}",
             joined(log.header["commit"] for log in logs), f"`{pattern}`"]
 
 
 def level_table(name: str) -> str:
-    """By level, for every N: exact accuracy in a table's experiments, its floors, and the loss in
-    the first experiment."""
-    def rows_of(experiments, score, scale, digits, what=""):
-        for title, _, _, pattern in experiments:
-            for n in experiment(pattern)[0]:
-                of = [record["levels"] for record in ends(pattern, n)]
-                yield [f"{title}, N = {n}{what}", *(mean_and_range(
-                    [scale * levels[x][score] for levels in of], digits) for x in of[0])]
-
-    levels = ends(TABLES[name][0][-1], 1)[0]["levels"]
-    return table(" | ".join([f"exact, % by {BY_LEVEL[name]}", *levels]), [
-        *rows_of(TABLES[name], "exact", 100, 1),
-        ["floor", *(f"{100 * level['floor']:.1f}" for level in levels.values())],
-        *rows_of(TABLES[name][:1], "loss", 1, 3, ": loss")])
+    """Exact accuracy in a table's experiments, by level, for every N; the floors; in the first
+    experiment the loss."""
+    rows = [[f"{title}, N = {n}", *levels(ends(pattern, n), "exact")]
+            for title, _, _, pattern in TABLES[name] for n in experiment(pattern)[0]]
+    title, _, _, pattern = TABLES[name][0]
+    losses = [[f"loss: {title}, N = {n}", *levels(ends(pattern, n), "loss", 1, 3)]
+              for n in experiment(pattern)[0]]
+    first = read(pattern)[0].records[0]
+    return table(" | ".join([f"exact, % by {BY_LEVEL[name]}", *first["levels"]]),
+                 [*rows, ["floor", *levels([first], "floor")], *losses])
 
 
 def table(head: str, rows: list[list[str]]) -> str:
@@ -321,8 +327,8 @@ def flops(config: dict, n: int) -> list[float]:
 
 def compute(pattern: str) -> str:
     """What the training of each N took, in 10^15 FLOPs."""
-    loops, (log, *_) = experiment(pattern)
-    return "; ".join(f"N = {n}: {flops(log.header['config'], n)[-1] / 1e15:.1f}" for n in loops)
+    return "; ".join(f"N = {n}: {flops(config_of(pattern), n)[-1] / 1e15:.3g}"
+                     for n in experiment(pattern)[0])
 
 
 def asked_table() -> str:
@@ -380,15 +386,14 @@ def several_table() -> str:
     """Training on several GPUs, each N beside one GPU with a batch of 512."""
     rows = {}
     for _, header, (_, *records), _ in read("bench/several/*.jsonl"):
-        count, kind = re.fullmatch(r"(?:(\d+) x )?(.*)", card(header)).groups()
-        count = int(count or 1)
+        count, kind = re.fullmatch(r"(?:(\d+) x )?(.*)", card(header)).groups("1")
         for row in records:
             if "ms" in row:
-                rows[kind, row["loops"], count, header["config"]["batch"]] = row, header
+                rows[kind, row["loops"], int(count), header["config"]["batch"]] = row, header
     return table("devices | batch | N | ms a step | tokens/s | times one GPU | commit", [
         [card(header), f"{batch}", f"{n}", f"{row['ms']:.1f}", f"{row['tokens_per_s']:,.0f}",
          f"{row['tokens_per_s'] / rows[kind, n, 1, 512][0]['tokens_per_s']:.2f}", header["commit"]]
-        for (kind, n, _, batch), (row, header) in sorted(rows.items(), key=lambda item: item[0])])
+        for (kind, n, _, batch), (row, header) in sorted(rows.items())])
 
 
 def filled(text: str) -> str:
@@ -397,12 +402,15 @@ def filled(text: str) -> str:
             "minutes | commit | logs")
     made = {}
     for name, of in TABLES.items():
-        rows = [row_of(*row) for row in of]
-        for row, (*_, pattern) in zip(rows, of):
-            row += [compute(pattern)] if name in WITH_COMPUTE else []
-            row[3:5] = ("below", "below") if name in BY_LEVEL else row[3:5]  # exact and floor
-        made[name] = table(head + " | PFLOPs" * (name in WITH_COMPUTE), rows)
-    made |= {name: f"{made[name]}\n\n{level_table(name)}" for name in BY_LEVEL}
+        columns, rows = head, [row_of(*row) for row in of]
+        if name in WITH_COMPUTE:
+            columns += " | PFLOPs"
+            rows = [[*row, compute(pattern)] for row, (*_, pattern) in zip(rows, of)]
+        if name in BY_LEVEL:
+            rows = [[*row[:3], "below", "below", *row[5:]] for row in rows]  # exact, floor
+        made[name] = table(columns, rows)
+    for name in BY_LEVEL:
+        made[name] += f"\n\n{level_table(name)}"
     made |= {"asked": asked_table(), "dream": dream_table(), "speed": speed_tables(),
              "several": several_table()}
     block = re.compile(r"^<!-- table: (.*) -->\n(?:.*\n)*?<!-- end -->$", re.M)
@@ -456,28 +464,26 @@ def band(axis, points: dict[float, list[float]], colour, label: str, **style):
     axis.fill_between(x, [*map(min, y)], [*map(max, y)], color=colour, alpha=0.2, lw=0)
 
 
-def course(pattern: str, n: int, x: str) -> dict[int, list[float]]:
-    """Exact accuracy of all seeds in the course of training with N = n: x, "step" or "tokens" -> %.
-    """
+def course(pattern: str, n: int) -> dict[tuple[int, int], list[float]]:
+    """In the course of training with N = n: step, tokens -> exact accuracy of all seeds, in %."""
     points = defaultdict(list)
     for log in experiment(pattern)[1]:
         for record in log.records:
             if record["loops"] == n:
-                points[record[x]] += exact([record])
+                points[record["step"], record["tokens"]] += exact([record])
     return points
 
 
-def spent(pattern: str, n: int) -> tuple[list[float], list[float], list[float]]:
-    """Means over seeds in the course of training with N = n: tokens, FLOPs, exact accuracy in %."""
-    config, points = experiment(pattern)[1][0].header["config"], course(pattern, n, "step")
-    of_step = flops(config, n)
-    return ([*course(pattern, n, "tokens")], [of_step[step] for step in points],
+def spent(pattern: str, n: int) -> tuple[list[int], list[float], list[float]]:
+    """In the course of training with N = n: tokens, FLOPs, exact accuracy in % (mean of seeds)."""
+    points, of_step = course(pattern, n), flops(config_of(pattern), n)
+    return ([tokens for _, tokens in points], [of_step[step] for step, _ in points],
             [sum(y) / len(y) for y in points.values()])
 
 
-def against_tokens(axis, pattern: str, n: int, label: str, **style):
-    points = {tokens / 1e6: y for tokens, y in course(pattern, n, "tokens").items()}
-    band(axis, points, COLOURS[n], label, **style)
+def against_tokens(axis, pattern: str, n: int, label: str):
+    points = {tokens / 1e6: y for (_, tokens), y in course(pattern, n).items()}
+    band(axis, points, COLOURS[n], label)
 
 
 def floor_line(axis, pattern: str):
@@ -512,44 +518,47 @@ def fig2a(figure):
     for n in (1, 2, 4):
         band(left, {t: exact(ends(f"fig2a/t{t}-s*.jsonl", n)) for t in FIG2A}, COLOURS[n],
              f"N = {n}", marker="o", ms=3)
-        for axis, t in zip(right, LONGER_ROWS):
-            against_tokens(axis, f"longer/t{t}-s*.jsonl", n, f"N = {n}")
+        for axis, (*_, pattern) in zip(right, LONGER_ROWS.values()):
+            against_tokens(axis, pattern, n, f"N = {n}")
     floors_by(left, {t: ends(f"fig2a/t{t}-s*.jsonl", 1)[0]["floor"] for t in FIG2A})
     left.set(title="40M tokens", xlabel="t, steps", xticks=[4, 8, 12, 16],
              ylabel="exact, %", ylim=(0, 102))
-    for axis, t in zip(right, LONGER_ROWS):
-        floor_line(axis, f"longer/t{t}-s*.jsonl")
+    for axis, (t, (*_, pattern)) in zip(right, LONGER_ROWS.items()):
+        floor_line(axis, pattern)
         axis.set(title=f"t = {t}", xlabel="tokens, millions")
     outside(right[-1])
 
 
 def fig2b(figure):
-    """The paper's Fig. 2b, t = 32, with what the paper prints after 4 to 5 billion tokens: exact
-    accuracy against tokens and against training FLOPs; thin: with a position in the window.
+    """The paper's Fig. 2b, t = 32: exact accuracy against tokens and against training FLOPs.
+
+    Squares are what the paper prints after 4 to 5 billion tokens; thin is with a position in the
+    window, dotted the best that can be done from some neighbouring cells.
     """
-    figure.set_size_inches(7, 3.4)
+    figure.set_size_inches(7, 4)
     left, right = figure.subplots(1, 2, sharey=True)
-    runs = [*((FIG2B[0], n, {"lw": 1.5}, f"N = {n}") for n in (1, 2, 3, 4)),
-            (FIG2B[1], 1, {"lw": 1.5, "ls": "--"}, "N = 1, for longer"),
-            *(("window-position/t32-2B/N*.jsonl", n, {"lw": 0.7}, f"N = {n}, with a position")
-              for n in (1, 4))]
+    thick, thin = {"lw": 1.5}, {"lw": 0.7}
+    runs = [*((T32_LOGS, n, thick, f"N = {n}") for n in (1, 2, 3, 4)),
+            (T32_LONGER, 1, thick | {"ls": "--"}, "N = 1, 5 billion tokens"),
+            *((T32_POSITION, n, thin, f"N = {n}, with a position") for n in (1, 4))]
     for pattern, n, look, name in runs:
         tokens, cost, y = spent(pattern, n)
-        look |= {"color": COLOURS[n]}
-        left.plot([x / 1e9 for x in tokens], y, **look)
-        right.plot([x / 1e15 for x in cost], y, **look, label=name)
-    for n, y, label in ((1, 10, "1"), (2, 20, "2"), (4, 30, "3, 4: above")):
+        left.plot([x / 1e9 for x in tokens], y, color=COLOURS[n], **look)
+        right.plot([x / 1e15 for x in cost], y, color=COLOURS[n], **look, label=name)
+    for n, y, label in ((1, 10, "N = 1"), (2, 20, "N = 2"), (4, 30, "3, 4: above")):
         left.plot(4.5, y, "s", color=COLOURS[n], ms=4)
-        left.annotate(f"paper, N = {label}", (4.5, y), (0, -10), textcoords="offset points",
-                      fontsize=7, ha="center")
+        left.annotate(label, (4.5, y), (10, -10), textcoords="offset points", fontsize=7,
+                      ha="right")
+    right.plot([], [], "ks", ms=4, label="the paper's")
     answers = truth_table(24, 32, 110)
     for seen in (16, 20, 22, 23):
+        y = oracle(answers, seen)
         for axis in (left, right):
-            axis.axhline(y := oracle(answers, seen), color="black", lw=0.5, ls=":")
-        right.annotate(f"{seen} of 24 cells known", (1, y), (0, 2), ha="right", fontsize=7,
+            axis.axhline(y, color="black", lw=0.5, ls=":")
+        right.annotate(f"{seen} of 24 cells known", (1, y), (4, -2), fontsize=7,
                        xycoords=("axes fraction", "data"), textcoords="offset points")
     for axis, label in ((left, "training tokens, billions"), (right, "training PFLOPs")):
-        floor_line(axis, pattern)
+        floor_line(axis, T32_LOGS)
         axis.set(xlabel=label, ylim=(0, 70))
     left.set(ylabel="exact, %, t = 32")
     outside(right, fontsize=7)
@@ -560,7 +569,7 @@ def worth(figure):
     training, and a dot for each seed at its end against parameters."""
     figure.set_size_inches(7, 4.6)
     styles = {"tokens": "--", "blocks8": "-.", "blocks16": ":", "awake": ":", "rising": "--"}
-    for row, t in zip(figure.subplots(2, 3, sharey=True, sharex="col"), LONGER):
+    for row, t in zip(figure.subplots(2, 3, sharey=True, sharex="col"), WORTH_T):
         runs = [(f"N = {n}", f"longer/t{t}-s*.jsonl", n, "-") for n in (1, 2, 4)]
         runs += [(name, f"worth/t{t}-{key}-s*.jsonl", int(options[-1]), styles[key])
                  for key, (name, _, options) in WORTH.items()]
@@ -569,8 +578,8 @@ def worth(figure):
             look = {"color": COLOURS[n], "ls": style, "lw": 1.2}
             row[0].plot([x / 1e15 for x in cost], y, **look)
             row[1].plot([x / 1e6 for x in tokens], y, **look, label=name)
-            config, last = experiment(pattern)[1][0].header["config"], exact(ends(pattern, n))
-            _, model = train.build(config | {"dtype": "float32"})
+            _, model = train.build(config_of(pattern) | {"dtype": "float32"})
+            last = exact(ends(pattern, n))
             row[2].plot([train.parameters_of(model) / 1e6] * len(last), last, "o", ms=4, mew=0,
                         alpha=0.7, color=COLOURS[n])
         row[0].set(ylabel=f"exact, %, t = {t}", ylim=(0, 103), xlim=(0.5, 16))
@@ -635,8 +644,8 @@ def asked(figure):
 def tasks(figure):
     """Exact accuracy on Depo by hops and on GSM by operations."""
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, pattern, label in ((axes[0], DEPO, "Depo: k, hops along the cycle"),
-                                 (axes[1], GSM, "GSM: operations")):
+    for axis, pattern, label in zip(axes, (DEPO, GSM), (
+            "Depo: k, hops along the cycle", "GSM: operations")):
         for n in experiment(pattern)[0]:
             records = ends(pattern, n)
             floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
