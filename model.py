@@ -239,11 +239,6 @@ class Matrices(nn.Module):
         return F.linear(x, self.weight.flatten(0, 1).to(x.dtype))
 
 
-def together(x: Tensor, *maps: Matrices) -> Tensor:
-    """Several maps of one x as one product: what each gives, one behind the other."""
-    return F.linear(x, torch.cat([m.weight.flatten(0, 1) for m in maps]).to(x.dtype))
-
-
 class Attention(nn.Module):
     """x (B, L, d), its cache -> output (B, L, d), the grown cache."""
 
@@ -319,7 +314,8 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, cache: Tail | None, S: Tensor):
         B, L, d = x.shape
         qkv, cache = self.conv(self.qkv(x), cache)
-        gate, ab = together(x, self.gate, self.ab).split([d, 2 * self.n_head], dim=-1)
+        weights = torch.cat([m.weight.flatten(0, 1) for m in (self.gate, self.ab)])  # one product
+        gate, ab = F.linear(x, weights.to(x.dtype)).split([d, 2 * self.n_head], dim=-1)
         a, b = ab.to(S.dtype).chunk(2, dim=-1)  # (B, L, H)
         log_alpha = -self.A_log.exp() * F.softplus(a + self.dt_bias)
         o, S = update(self.rule, qkv, log_alpha, b.sigmoid(), S)

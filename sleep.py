@@ -200,7 +200,7 @@ def night(argv: list[str]):
     Behind each pass stands what it would answer at the end, had that night ended there: from a copy
     of the memory, with all other nights as they are. The run itself goes on undisturbed.
     """
-    from train import UNREADABLE, Halt, Parser, load, windows_of  # nothing above knows of a run
+    from train import Halt, Parser, load, reading, windows_of  # nothing above knows of a run
     parser = Parser(prog="sleep.py", description="Watch a trained model read, sleep and answer.")
     parser.add_argument("run", nargs="?", type=Path, help="a run's folder, for its largest N, or a "
                         "checkpoint N*.pt; default: the newest run under out/")
@@ -209,10 +209,8 @@ def night(argv: list[str]):
     path = max(path.glob("N*.pt"), key=lambda file: (len(file.stem), file.stem), default=path)
     if not path.is_file():
         raise Halt(2, f"error: {path}: must hold a checkpoint N*.pt; python train.py makes one")
-    try:
+    with reading(path, "a checkpoint that this train.py made"):
         task, model, loops = load(path)
-    except UNREADABLE:
-        raise Halt(2, f"error: {path}: must be a checkpoint that this train.py made") from None
     random, L, keep = torch.Generator().manual_seed(0), model.config.window, model.config.keep
     tokens, targets = task.batch(1, random, "held-out", task.levels[-1])
     *asleep, (asked, _, _) = windows = windows_of(task, L)

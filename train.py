@@ -55,9 +55,6 @@ TASK_OPTIONS = {  # parameters of the tasks' constructors, where their defaults 
 TRAIN, EVAL = 0, 1  # streams of random numbers
 CHUNK = 64          # training batches drawn in one call
 MOST = 2**31 - 1    # as an option's value
-MOST_PASSES = 1024  # of one sleep
-UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError,
-              pickle.UnpicklingError)  # what reading a damaged checkpoint raises
 CHECK_EVERY = 10    # steps between looks at the loss, each of which waits for the device
 FAST = {"eager": "a step as written; a CPU would gain nothing from more",
         "graph": "a step recorded once and replayed; compiling only pays in a long run",
@@ -67,8 +64,8 @@ PAPER = {"layout": "asas", "d_model": 256, "n_head": 8, "cells": 24, "states": 4
          "steps": 782, "muon_lr": 4e-3}
 START = "start.pt"  # what --init gave, kept in the run's folder
 LEFT_OUT = "out", "resume", "paper"  # of a run's configuration
-RANK, RANKS = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else least
-               for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {"RANK": 0, "WORLD_SIZE": 1}
+RANK, RANKS = int(TORCHRUN["RANK"]), int(TORCHRUN["WORLD_SIZE"])
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -89,7 +86,7 @@ def checked(convert, valid, must: str):
     return parse
 
 
-def whole(low: int = -MOST):
+def whole(low: int):
     return checked(int, lambda x: low <= x <= MOST, f"a whole number from {low} to {MOST}")
 
 
@@ -102,14 +99,13 @@ def several(most: int, why: str = ""):
 positive = checked(float, lambda x: 0 < x < math.inf, "a number above 0")
 span = checked(lambda text: [*map(int, text.split(":"))], lambda x: len(x) == 2,
                "i:j, two whole numbers")
-counts = several(MOST_PASSES, " (a step takes as many times as long, and as much memory)")
+counts = several(1024, " (a step takes as many times as long, and as much memory)")
 
 
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="train.py", allow_abbrev=False, description=(__doc__ or "").split("\n\n")[0],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    group = p.add_argument_group("task", "python data.py shows an example of each")
-    add, yes_or_no = group.add_argument, argparse.BooleanOptionalAction
+    add = p.add_argument_group("task", "python data.py shows an example of each").add_argument
     add("--task", choices=TASKS, default="rule110", help="what to learn")
     add("--paper", action="store_true",
         help="the size of the paper's Rule 110 runs, where not given: "
@@ -122,8 +118,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("model").add_argument
     add("--layout", default="as", help="a letter a block: a attention, s SSM (the paper: asas), m "
                                        "SSM without MLP, for insertion into a trained model")
-    add("--d_model", type=whole(), default=64, help="width d (the paper: 256)")
-    add("--n_head", type=whole(), default=4, help="heads H of every block")
+    add("--d_model", type=whole(1), default=64, help="width d (the paper: 256)")
+    add("--n_head", type=whole(1), default=4, help="heads H of every block")
     add("--rule", choices=CHOICES["rule"], default="gdn",
         help="update of S: Gated DeltaNet, or without its decay, or without its delta rule")
     add("--position", choices=CHOICES["position"], default="none",
@@ -133,7 +129,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("sleep").add_argument
     add("--loops", type=counts, default="1,2", metavar="N[,N...]",
         help="passes over each window asleep; a list trains one model for each")
-    add("--window", type=whole(), metavar="L",
+    add("--window", type=whole(1), metavar="L",
         help="tokens between evictions of the cache; None: the task's own")
     add("--eviction", choices=CHOICES["eviction"], default="hard",
         help="what goes: the whole cache, all but the latest L - 1 tokens, nothing")
@@ -142,7 +138,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--carry", choices=CHOICES["carry"], default="h",
         help="a pass starts from the h of the one before, or from the embedding (behind the blocks "
              "that are not looped)")
-    add("--carry_S", action=yes_or_no, default=True,
+    add("--carry_S", action=argparse.BooleanOptionalAction, default=True,
         help="a pass starts from the S of the one before, or from the window's")
     add("--sleep_at", choices=CHOICES["sleep_at"], default="sleep",
         help="wake: spend the N passes in the scored windows instead (with --no-carry_S)")
@@ -190,12 +186,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def parse(parser: Parser, argv: list[str]) -> dict:
     """The options of a command line; those not given may be --paper's."""
-    options = parser.parse_args(argv)
-    if options.paper:
-        if options.task != "rule110":
-            parser.error(f"--paper: must come with --task rule110, not {options.task}")
+    if "--paper" in argv:
         parser.set_defaults(**PAPER)
-        options = parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.paper and options.task != "rule110":
+        parser.error(f"--paper: must come with --task rule110, not {options.task}")
     return vars(options)
 
 
@@ -246,12 +241,9 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: Hybrid, muon_lr: float, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest."""
-    trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in model.layers.parameters() if p.requires_grad and p.ndim == 3]
     taken = set(matrices)
-    rest = [p for p in trained if p not in taken]
-    assert len(matrices) + len(rest) == len(trained), \
-        "every trained parameter must be in exactly one optimizer group"
+    rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
     return [Muon(matrices, lr=muon_lr),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True,
                               capturable=rest[0].is_cuda)]
@@ -266,8 +258,7 @@ def lr_factor(step: int, steps: int) -> float:
 
 def make_step(model: Hybrid, optimizers: list[torch.optim.Optimizer], windows: list[Window],
               loops: int):
-    """-> step(tokens, targets), one optimizer step -> loss and gradient norm, still on the device.
-    """
+    """-> step(tokens, targets): one optimizer step -> loss and gradient norm, on the device."""
     def step(*batch: Tensor) -> Tensor:
         tokens, targets = (x.chunk(RANKS)[RANK] for x in batch)  # this process's rows
         loss, _, labels = algorithm1(model, tokens, targets, loops, windows)
@@ -456,8 +447,7 @@ def locked(folder: Path):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Halt(2, f"error: {folder}: must not be in use, another process trains in it") \
-                from None
+            raise Halt(2, f"error: {folder}: must not be in use by another process") from None
         yield
     finally:
         os.close(handle)
@@ -500,38 +490,25 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
         if {name: x for name, x in parsed.items() if name not in LEFT_OUT} \
                 != header["config"] or not {"command", "commit", "hardware"} <= header.keys():
             raise ValueError
-        lost = {name for record in records
-                if not (folder / (name := f"N{record['loops']}.pt")).exists()}
-    except (FileNotFoundError, NotADirectoryError):
-        parser.error(f"{option} {folder}: must be a folder that train.py wrote; no log.jsonl there")
+        for record in records:
+            (folder / f"N{record['loops']}.pt").stat()  # the log has results of it
     except OSError as error:
-        parser.error(f"{option} {folder}: its log.jsonl cannot be read: {error.strerror}")
+        parser.error(f"{option} {folder}: must be a folder that train.py wrote; no "
+                     f"{Path(error.filename or 'log.jsonl').name} to read there: {error.strerror}")
     except (ValueError, LookupError, AttributeError, TypeError):
         parser.error(f"{option} {folder}: its log.jsonl is damaged or of another version")
-    if lost:
-        parser.error(f"{option} {folder}: {', '.join(sorted(lost))} must be there, its log has "
-                     "results of it")
     return header
 
 
-def read_checkpoint(path: Path, device: str, config: dict, loops: int | None) -> dict:
-    """What as_file made, of this very run. Raises Halt if it is something else."""
-    with reading(path):
-        saved = torch.load(path, map_location=device, weights_only=True)
-        if (saved["config"], saved["loops"], type(saved["fresh"])) != (
-                config, loops, type(None) if config["init"] is None else list):
-            raise ValueError
-        return saved
-
-
 @contextlib.contextmanager
-def reading(path: Path):
+def reading(source: Path | str, must: str = "a checkpoint of this run; it is missing, truncated, "
+                                            "damaged or of another model"):
     """A context in which a checkpoint that cannot be used ends the run."""
     try:
         yield
-    except UNREADABLE:
-        raise Halt(2, f"error: {path}: must be a checkpoint of this run; it is missing, truncated, "
-                      "damaged or of another model") from None
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError,
+            pickle.UnpicklingError):  # what reading a damaged one raises
+        raise Halt(2, f"error: {source}: must be {must}") from None
 
 
 class Halt(Exception):
@@ -551,26 +528,22 @@ def read_init(options: dict) -> bytes:
     path, new = Path(options["init"]), model.config.layout
     if path.is_dir() and len(found := list(path.glob("N*.pt"))) == 1:
         path = found[0]
-    try:
+    with reading(f"--init {options['init']}",
+                 "a checkpoint, or a folder with one, of the same task and vocabulary, width, "
+                 "heads, --position (then also window) and layout, m blocks aside"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         old = saved["config"]["layout"]
         kept = [i for i, kind in enumerate(new) if old == new or kind != "m"]
         weights = {re.sub(r"^layers\.(\d+)", lambda match: f"layers.{kept[int(match[1])]}", name): x
                    for name, x in saved["model"].items()}
-        if "position" in weights:
-            weights["position"] = weights["position"][:model.config.window]
-        fresh = model.load_state_dict(weights, strict=False).missing_keys
-        if ("".join(new[i] for i in kept) != old
-                or any(not name.startswith("layers.") or int(name.split(".")[1]) in kept
-                       for name in fresh)
-                # equal weights do not tell heads, nor which words a vocabulary has
-                or any(saved["config"].get(name) != options.get(name)
-                       for name in ("task", "n_head", "modulus", "names", "position"))):
+        fresh = [name for i, block in enumerate(model.layers) if i not in kept
+                 for name, _ in block.named_parameters(f"layers.{i}")]
+        model.load_state_dict(weights | {name: model.get_parameter(name) for name in fresh})
+        # equal weights do not tell heads, nor which words a vocabulary has
+        if "".join(new[i] for i in kept) != old or any(
+                saved["config"].get(name) != options.get(name)
+                for name in ("task", "n_head", "modulus", "names")):
             raise ValueError
-    except UNREADABLE:
-        raise Halt(2, f"error: --init {options['init']}: must be a checkpoint, or a folder with "
-                      "one, of the same task and vocabulary, width, heads, --position (with a "
-                      "window no longer) and layout, m blocks aside") from None
     if options["train"] == "new" and not fresh:
         raise Halt(2, f"error: --train new: must come with m blocks in --layout that {path} lacks")
     return as_file({"config": options, "loops": None, "model": model.state_dict(), "fresh": fresh})
@@ -661,7 +634,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
     options = parse(parser, argv)
     out, resume, _ = (options.pop(name) for name in LEFT_OUT)
     if resume:
-        if len(argv) > 2 or any(re.match("--(?!resume)", argument) for argument in argv):
+        if [x.partition("=")[0] for x in argv if x.startswith("--")] != ["--resume"]:
             parser.error(f"--resume {resume}: takes no other option, the run has its own")
         header = read_header(parser, "--resume", resume)
         settle(parser, header["config"], f"--resume {resume}: runs on cuda, which")
@@ -678,15 +651,13 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
             if any(path.suffix != ".tmp" and path.name != START for path in out.iterdir()):
                 header = read_header(parser, "--out", out)
                 if header["config"] != options:
-                    parser.error(f"--out {out}: has a run of another configuration; give a new "
-                                 "folder")
+                    parser.error(f"--out {out}: must be new, it has a run of another configuration")
             else:
                 if start:  # read once: what becomes of it later does not change the run
                     write(out / START, start)
                 write_log(out, header, [])
     except OSError as error:
-        parser.error(f"--out {error.filename or out}: {error.strerror}; must be a folder that can "
-                     "be made")
+        parser.error(f"--out {error.filename or out}: {error.strerror}; must be a writable folder")
     return argparse.Namespace(**options), out, header
 
 
@@ -714,7 +685,7 @@ def passes_over(windows: list[Window], loops: int, config: Config) -> float:
 class Run:
     """The training of one model, that sleeps N = loops passes: all that a checkpoint holds.
 
-    It is at its start, or where the folder's checkpoint stopped. `log` collects its evaluations.
+    It is at its start, or where the folder's checkpoint stopped. log: evaluations of earlier N.
     """
 
     def __init__(self, loops: int, options: argparse.Namespace, folder: Path, header: dict,
@@ -726,26 +697,25 @@ class Run:
         self.checkpoint = folder / f"N{loops}.pt"
         self.task, self.model = build(vars(options))
         self.windows = windows_of(self.task, self.model.config.window)
+        self.model.to(options.device)
         saved, self.fresh = self.checkpoint.exists(), None  # fresh: parameters that --init lacks
-        path = self.checkpoint if saved else folder / START
+        path, of = (self.checkpoint, loops) if saved else (folder / START, None)
         if saved or options.init is not None:
-            start = read_checkpoint(path, options.device, header["config"],
-                                    loops if saved else None)
-            self.fresh = start["fresh"]
+            with reading(path):
+                start = torch.load(path, map_location=options.device, weights_only=True)
+                if (start["config"], start["loops"]) != (header["config"], of):
+                    raise ValueError
+                self.fresh = start["fresh"]
+                self.model.load_state_dict(start["model"])
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(options.train == "all" or name in self.fresh)
-        self.model.to(options.device)
         self.optimizers = make_optimizers(self.model, options.muon_lr, options.lr)
-        with reading(path):
-            if saved or options.init is not None:
-                self.model.load_state_dict(start["model"])
-            if saved:
+        if saved:
+            with reading(path):
                 for optimizer, state in zip(self.optimizers, start["optimizers"], strict=True):
                     optimizer.load_state_dict(state)
-                self.step, self.token_passes, seconds = (
-                    start[name] for name in ("step", "token_passes", "seconds"))
-                self.records = [record | {"step": record["step"]} for record in start["records"]]
-        log.extend(self.records)
+                self.step, self.token_passes = start["step"], start["token_passes"]
+                self.records, seconds = start["records"], start["seconds"]
         self.began = time.monotonic() - seconds
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in self.groups:
@@ -759,7 +729,7 @@ class Run:
                  "seconds": time.monotonic() - self.began, "model": self.model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         write(self.checkpoint, as_file(state))
-        write_log(self.folder, self.header, self.log)
+        write_log(self.folder, self.header, self.log + self.records)
 
     def diverged(self, step: int):
         kept = self.checkpoint if self.checkpoint.exists() else "none yet"
@@ -777,10 +747,10 @@ class Run:
 
     def evaluate(self):
         """Appends this step's record and saves, unless that is done."""
-        options, last = self.options, self.step == self.options.steps
         if self.records and self.records[-1]["step"] == self.step:
             return
-        others, again = options.eval_loops or [] if last else [], None
+        options, last, again = self.options, self.step == self.options.steps, None
+        others = (options.eval_loops or []) if last else []
         with uncompiled(options.fast):
             scores = {n: evaluate_levels(self.model, self.held_out, n, self.windows)
                       for n in {self.loops, *others}}
@@ -800,15 +770,14 @@ class Run:
         if again and math.isfinite(again["loss"]):
             record["seen"] = again
         self.records.append(record)
-        self.log.append(record)
         tqdm.write(line(record))
         sys.stdout.flush()
         self.save()
 
 
-def train_model(run: Run, stop: threading.Event):
-    """Train to the last step. Raises Halt once `stop` is set, when the step in progress is done and
-    saved, and at a loss or gradient that is not finite, without saving."""
+def train_model(run: Run, stop: threading.Event) -> list[dict]:
+    """Train to the last step -> all evaluations. Raises Halt once `stop` is set, when the step in
+    progress is done and saved, and at a loss or gradient that is not finite, without saving."""
     options, tokens = run.options, run.options.batch * run.task.length  # tokens of a step
     step_of = fast_steps(run.model, run.optimizers, run.windows, options.fast)
     data = batches(run.task, options, run.step)
@@ -821,7 +790,7 @@ def train_model(run: Run, stop: threading.Event):
             if evaluating:
                 run.evaluate()
             if run.step == options.steps:
-                return
+                return run.records
             if stop.is_set():
                 run.save()
                 raise Halt(130, "saved; go on with: python train.py --resume "
@@ -885,9 +854,6 @@ def gentle_signals():
 
     def note(*_):
         stop.set()
-        restore()
-
-    def restore():
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -899,7 +865,7 @@ def gentle_signals():
     try:
         yield stop
     finally:
-        restore()
+        note()  # after the last step nobody asks for the event
 
 
 def train_all(argv: list[str]):
@@ -913,7 +879,7 @@ def train_all(argv: list[str]):
         print(f"floor   always the same answer is {guessed:.2%} exact: the floor", flush=True)
         with gentle_signals() as stop:
             for loops in options.loops:
-                train_model(Run(loops, options, folder, header, held_out, log), stop)
+                log += train_model(Run(loops, options, folder, header, held_out, log), stop)
         write_log(folder, header, log)
         print_table(log)
 
