@@ -106,12 +106,14 @@ BY_LEVEL = {"depo": "k", "gsm": "operations"}  # table -> what a level is
 OTHERS = "--layout asas --d_model 128 --batch 256 --fast compile"
 NODES8 = f"--task depo --nodes 8 --hops 4 --questions 4 --names 4 --window 16 {OTHERS}"
 OPS6 = f"--task gsm --ops 6 --statements 8 --modulus 5 --variables 8 {OTHERS}"
-WITH_COMPUTE = "fig2b", "worth", "depo", "gsm"  # tables that say what training took
+WITH_COMPUTE = "fig2b", "worth", "depo", "gsm", "scarce"  # tables that say what training took
 
-SCARCE = [(640, "1,2", 800), (1600, "1,2", 800), (1600, "4", 800), (1600, "1", 3200),
-          (1600, "2", 1600), (2048, "1,2", 800), (2048, "4", 800), (2048, "1", 3200),
-          (2048, "2", 1600), (3200, "1,2", 800), (3200, "4", 800), (3200, "1", 1600),
-          (3200, "1", 3200), (6400, "1,2", 800), (6400, "4", 800), (6400, "1", 1600)]  # K, N, steps
+SCARCE = [  # K, N, steps
+    (640, "1,2", 800), (1600, "1,2", 800), (1600, "4", 800), (1600, "4", 1600), (1600, "2", 1600),
+    (1600, "1", 3200), (1600, "1", 6400), (1600, "1", 9600), (2048, "1,2", 800),
+    (2048, "4", 800), (2048, "4", 1600), (2048, "2", 1600), (2048, "1", 3200), (2048, "1", 6400),
+    (3200, "1,2", 800), (3200, "4", 800), (3200, "1", 1600), (3200, "1", 3200), (6400, "1,2", 800),
+    (6400, "4", 800), (6400, "1", 1600)]
 LONGER_ROWS = {t: (f"t = {t}, 160M tokens", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
                    f"longer/t{t}-s*.jsonl") for t in (12, 14, 16)}
 
@@ -148,7 +150,9 @@ TABLES = {
     "scarce": [(f"{K:,} sequences, {steps:,} steps", "-",
                 f"--loops {N} --t 4 --sequences {K} --steps {steps}",
                 f"small/scarce{K}-N{N.replace(',', '')}-for{steps}-s*.jsonl")
-               for K, N, steps in SCARCE],
+               for K, N, steps in SCARCE] + [
+        ("1,600 sequences, 1,600 steps, eight blocks", "-", "--loops 1 --t 4 --sequences 1600 "
+         "--steps 1600 --layout asasasas", "small/scarce1600-blocks8-for1600-s*.jsonl")],
     "recipes": [(name, "-", options, f"small/{key}-s*.jsonl") for name, options, key in RECIPES],
     "depo": [
         ("rate 4e-3 (Fig. 3)", "N = 1 little from k = 4 on, N = 2 stalls from 8",
@@ -618,6 +622,20 @@ def small(figure):
     outside(axis)
 
 
+def scarce(figure):
+    """Training on 1,600 sequences again and again: exact accuracy against training FLOPs."""
+    axis, pattern = figure.subplots(), "small/scarce1600-{}-s*.jsonl"
+    for n, name, colour, label in (
+            (1, "N1-for9600", COLOURS[1], "N = 1"),
+            (4, "N4-for1600", COLOURS[4], "N = 4"),
+            (1, "blocks8-for1600", "tab:purple", "N = 1, eight blocks")):
+        points, of_step = course(pattern.format(name), n), flops(config_of(pattern.format(name)), n)
+        band(axis, {of_step[step] / 1e12: y for (step, _), y in points.items()}, colour, label)
+    floor_line(axis, pattern.format(name))
+    axis.set(xlabel="training TFLOPs", ylabel="exact, %", ylim=(0, 102))
+    outside(axis)
+
+
 def asked(figure):
     """Models asked after fewer passes than trained with, and more: the default task's by N, GSM's
     by operations, with a dot for each seed."""
@@ -756,7 +774,8 @@ def draw(folder: Path):
     from matplotlib.figure import Figure
     look = {"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    for make in (laptop, asked, fig2a, fig2b, worth, small, tasks, settings, position, speed):
+    for make in (laptop, asked, fig2a, fig2b, worth, small, scarce, tasks, settings, position,
+                 speed):
         with matplotlib.rc_context(look):
             make(figure := Figure(figsize=(7, 2.8), layout="constrained"))
             figure.savefig(svg := io.BytesIO(), format="svg",
