@@ -1260,6 +1260,10 @@ def test_init_goes_on_from_a_trained_model(tmp_path):
     _, more = run_of(tmp_path, "more", options)
     assert more[0]["loss"] == records[-1]["loss"]  # N = 1, step 0
     assert more[2]["step"] == 0 and more[2]["loss"] != records[-1]["loss"]
+    long, _ = run_of(tmp_path, "long", "--position window --loops 1")
+    short, _ = run_of(tmp_path, "short", f"--position window --window 3 --loops 1 --init {long}")
+    start = torch.load(short / "start.pt", weights_only=True)["model"]["position"]
+    assert torch.equal(start, weights_of(long, 1)["position"][:3])
 
 
 def test_inserted_memories_start_as_the_identity(tmp_path, capsys):
@@ -1890,6 +1894,8 @@ def test_damaged_resume(tmp_path, capsys):
     assert "no log.jsonl" in refused(capsys, ["--resume", str(tmp_path / "missing")])
     assert "no other option" in refused(capsys, [*resume, "--steps", "9"])
     others = [(tmp_path / name / "N1.pt").read_bytes() for name in ("wide", "seed")]
+    others += [train.as_file(torch.load(weights, weights_only=True) | wrong)
+               for wrong in ({"records": [{}]}, {"records": 5}, {"fresh": []}, {"optimizers": []})]
     for damaged in (kept[:1000], kept[:-100], b"", *others):
         weights.write_bytes(damaged)
         before = log.read_bytes()

@@ -530,12 +530,14 @@ def read_init(options: dict) -> bytes:
         path = found[0]
     with reading(f"--init {options['init']}",
                  "a checkpoint, or a folder with one, of the same task and vocabulary, width, "
-                 "heads, --position (then also window) and layout, m blocks aside"):
+                 "heads, --position (with a window no longer) and layout, m blocks aside"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         old = saved["config"]["layout"]
         kept = [i for i, kind in enumerate(new) if old == new or kind != "m"]
         weights = {re.sub(r"^layers\.(\d+)", lambda match: f"layers.{kept[int(match[1])]}", name): x
                    for name, x in saved["model"].items()}
+        if "position" in weights:
+            weights["position"] = weights["position"][:model.config.window]
         fresh = [name for i, block in enumerate(model.layers) if i not in kept
                  for name, _ in block.named_parameters(f"layers.{i}")]
         model.load_state_dict(weights | {name: model.get_parameter(name) for name in fresh})
@@ -703,7 +705,8 @@ class Run:
         if saved or options.init is not None:
             with reading(path):
                 start = torch.load(path, map_location=options.device, weights_only=True)
-                if (start["config"], start["loops"]) != (header["config"], of):
+                if (start["config"], start["loops"], type(start["fresh"])) != (
+                        header["config"], of, type(None) if options.init is None else list):
                     raise ValueError
                 self.fresh = start["fresh"]
                 self.model.load_state_dict(start["model"])
@@ -714,8 +717,10 @@ class Run:
             with reading(path):
                 for optimizer, state in zip(self.optimizers, start["optimizers"], strict=True):
                     optimizer.load_state_dict(state)
-                self.step, self.token_passes = start["step"], start["token_passes"]
-                self.records, seconds = start["records"], start["seconds"]
+                self.step, self.token_passes, seconds = (
+                    start[name] for name in ("step", "token_passes", "seconds"))
+                self.records = [record | {"step": record["step"]}  # raises if it is no record
+                                for record in start["records"]]
         self.began = time.monotonic() - seconds
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in self.groups:
@@ -854,6 +859,9 @@ def gentle_signals():
 
     def note(*_):
         stop.set()
+        restore()
+
+    def restore():
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -865,7 +873,7 @@ def gentle_signals():
     try:
         yield stop
     finally:
-        note()  # after the last step nobody asks for the event
+        restore()
 
 
 def train_all(argv: list[str]):
