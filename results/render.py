@@ -147,10 +147,10 @@ TABLES = {
                 for t in WORTH_T for key, (name, steps, options) in WORTH.items())],
     "small": [(name, "-", f"{options} --t 4", f"small/{key}-s*.jsonl")
               for key, (name, options) in SMALL.items()],
-    "scarce": [(f"{K:,} sequences, {steps:,} steps", "-",
-                f"--loops {N} --t 4 --sequences {K} --steps {steps}",
-                f"small/scarce{K}-N{N.replace(',', '')}-for{steps}-s*.jsonl")
-               for K, N, steps in SCARCE] + [
+    "scarce": [
+        *((f"{K:,} sequences, {steps:,} steps", "-",
+           f"--loops {N} --t 4 --sequences {K} --steps {steps}",
+           f"small/scarce{K}-N{N.replace(',', '')}-for{steps}-s*.jsonl") for K, N, steps in SCARCE),
         ("1,600 sequences, 1,600 steps, eight blocks", "-", "--loops 1 --t 4 --sequences 1600 "
          "--steps 1600 --layout asasasas", "small/scarce1600-blocks8-for1600-s*.jsonl")],
     "recipes": [(name, "-", options, f"small/{key}-s*.jsonl") for name, options, key in RECIPES],
@@ -320,8 +320,11 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
-def flops(config: dict, n: int) -> list[float]:
-    """FLOPs of the first 0, 1, ... steps of a training, as results/bench.py counts them."""
+@cache
+def flops(pattern: str, n: int) -> list[float]:
+    """FLOPs of the first 0, 1, ... steps of a row's training with N = n, as results/bench.py counts
+    them."""
+    config = config_of(pattern)
     task, model = train.build(config | {"dtype": "float32"})
     windows, schedule = train.windows_of(task, model.config.window), config["loops_schedule"]
     of = {N: config["batch"] * model_flops(model, windows, N) for N in schedule or [n]}
@@ -331,7 +334,7 @@ def flops(config: dict, n: int) -> list[float]:
 
 def compute(pattern: str) -> str:
     """What the training of each N took, in 10^15 FLOPs."""
-    return "; ".join(f"N = {n}: {flops(config_of(pattern), n)[-1] / 1e15:.3g}"
+    return "; ".join(f"N = {n}: {flops(pattern, n)[-1] / 1e15:.3g}"
                      for n in experiment(pattern)[0])
 
 
@@ -478,11 +481,11 @@ def course(pattern: str, n: int) -> dict[tuple[int, int], list[float]]:
     return points
 
 
-def spent(pattern: str, n: int) -> tuple[list[int], list[float], list[float]]:
-    """In the course of training with N = n: tokens, FLOPs, exact accuracy in % (mean of seeds)."""
-    points, of_step = course(pattern, n), flops(config_of(pattern), n)
+def spent(pattern: str, n: int) -> tuple[list[int], list[float], list[list[float]]]:
+    """In the course of training with N = n: tokens, FLOPs, exact accuracy of all seeds in %."""
+    points, of_step = course(pattern, n), flops(pattern, n)
     return ([tokens for _, tokens in points], [of_step[step] for step, _ in points],
-            [sum(y) / len(y) for y in points.values()])
+            [*points.values()])
 
 
 def against_tokens(axis, pattern: str, n: int, label: str):
@@ -546,7 +549,8 @@ def fig2b(figure):
             (T32_LONGER, 1, thick | {"ls": "--"}, "N = 1, 5 billion tokens"),
             *((T32_POSITION, n, thin, f"N = {n}, with a position") for n in (1, 4))]
     for pattern, n, look, name in runs:
-        tokens, cost, y = spent(pattern, n)
+        tokens, cost, seeds = spent(pattern, n)
+        y = np.mean(seeds, axis=1)
         left.plot([x / 1e9 for x in tokens], y, color=COLOURS[n], **look)
         right.plot([x / 1e15 for x in cost], y, color=COLOURS[n], **look, label=name)
     for n, y, label in ((1, 10, "N = 1"), (2, 20, "N = 2"), (4, 30, "3, 4: above")):
@@ -574,11 +578,12 @@ def worth(figure):
     figure.set_size_inches(7, 4.6)
     styles = {"tokens": "--", "blocks8": "-.", "blocks16": ":", "awake": ":", "rising": "--"}
     for row, t in zip(figure.subplots(2, 3, sharey=True, sharex="col"), WORTH_T):
-        runs = [(f"N = {n}", f"longer/t{t}-s*.jsonl", n, "-") for n in (1, 2, 4)]
+        runs = [(f"N = {n}", LONGER_ROWS[t][-1], n, "-") for n in (1, 2, 4)]
         runs += [(name, f"worth/t{t}-{key}-s*.jsonl", int(options[-1]), styles[key])
                  for key, (name, _, options) in WORTH.items()]
         for name, pattern, n, style in runs:
-            tokens, cost, y = spent(pattern, n)
+            tokens, cost, seeds = spent(pattern, n)
+            y = np.mean(seeds, axis=1)
             look = {"color": COLOURS[n], "ls": style, "lw": 1.2}
             row[0].plot([x / 1e15 for x in cost], y, **look)
             row[1].plot([x / 1e6 for x in tokens], y, **look, label=name)
@@ -624,14 +629,13 @@ def small(figure):
 
 def scarce(figure):
     """Training on 1,600 sequences again and again: exact accuracy against training FLOPs."""
-    axis, pattern = figure.subplots(), "small/scarce1600-{}-s*.jsonl"
+    axis = figure.subplots()
     for n, name, colour, label in (
-            (1, "N1-for9600", COLOURS[1], "N = 1"),
-            (4, "N4-for1600", COLOURS[4], "N = 4"),
+            (1, "N1-for9600", COLOURS[1], "N = 1"), (4, "N4-for1600", COLOURS[4], "N = 4"),
             (1, "blocks8-for1600", "tab:purple", "N = 1, eight blocks")):
-        points, of_step = course(pattern.format(name), n), flops(config_of(pattern.format(name)), n)
-        band(axis, {of_step[step] / 1e12: y for (step, _), y in points.items()}, colour, label)
-    floor_line(axis, pattern.format(name))
+        _, cost, y = spent(pattern := f"small/scarce1600-{name}-s*.jsonl", n)
+        band(axis, {x / 1e12: seeds for x, seeds in zip(cost, y)}, colour, label)
+    floor_line(axis, pattern)
     axis.set(xlabel="training TFLOPs", ylabel="exact, %", ylim=(0, 102))
     outside(axis)
 
