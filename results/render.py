@@ -117,7 +117,10 @@ SCARCE = [  # K, N, steps
 LONGER_ROWS = {t: (f"t = {t}, 160M tokens", "-", f"{PAPER} --loops 1,2,4 --t {t} --steps 3125",
                    f"longer/t{t}-s*.jsonl") for t in (12, 14, 16)}
 
-T32_LOGS, T32_LONGER = "t32/N?.jsonl", "t32/N1-5B.jsonl"
+T32_RUNS = [  # billions of tokens, N, steps, logs
+    (2, "1,2,3", 39063, "t32/N[1-3].jsonl"), (2, "4", 39063, "t32/N4*.jsonl"),
+    (4, "2", 78126, "t32/N2-4B.jsonl"), (5, "1", 97656, "t32/N1-5B.jsonl"),
+    (9, "1", 177100, "t32/N1-9B.jsonl")]
 T32_POSITION = "window-position/t32-2B/N*.jsonl"
 T32 = f"{PAPER} --t 32"
 PAPERS_T32 = "after 4 to 5 billion tokens N = 1 about 10, N = 2 about 20, N = 3 and 4 above 30"
@@ -135,8 +138,9 @@ TABLES = {
            f"fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
         *LONGER_ROWS.values()],
     "fig2b": [
-        ("t = 32 (Fig. 2b)", PAPERS_T32, f"{T32} --steps 39063 --loops 1,2,3,4", T32_LOGS),
-        ("t = 32, 5 billion tokens", "the same", f"{T32} --steps 97656 --loops 1", T32_LONGER),
+        *((f"t = 32, {billions} billion tokens (Fig. 2b)", "the same" if i else PAPERS_T32,
+           f"{T32} --steps {steps} --loops {loops}", logs)
+          for i, (billions, loops, steps, logs) in enumerate(T32_RUNS)),
         ("t = 8, then 12, 16, 20, 24, 28, 30, 32 (by t)", "-", f"{T32} --steps 39063 --loops 1,2,4"
          " --curriculum 8,12,16,20,24,28,30,32 --eval_size 8192", "t32/rising-N?.jsonl")],
     "supply": [(name, "-", f"{PAPER} {options} --t 8", f"supply/t8-{key}-s*.jsonl")
@@ -545,18 +549,18 @@ def fig2b(figure):
     figure.set_size_inches(7, 4)
     left, right = figure.subplots(1, 2, sharey=True)
     thick, thin = {"lw": 1.5}, {"lw": 0.7}
-    runs = [*((T32_LOGS, n, thick, f"N = {n}") for n in (1, 2, 3, 4)),
-            (T32_LONGER, 1, thick | {"ls": "--"}, "N = 1, 5 billion tokens"),
+    runs = [*((logs, n, thick | {"ls": {2: "-", 4: "--", 5: "--", 9: "-."}[billions]},
+               f"N = {n}, {billions} billion tokens")
+              for billions, loops, _, logs in T32_RUNS for n in map(int, loops.split(","))),
             *((T32_POSITION, n, thin, f"N = {n}, with a position") for n in (1, 4))]
     for pattern, n, look, name in runs:
         tokens, cost, seeds = spent(pattern, n)
-        y = np.mean(seeds, axis=1)
-        left.plot([x / 1e9 for x in tokens], y, color=COLOURS[n], **look)
-        right.plot([x / 1e15 for x in cost], y, color=COLOURS[n], **look, label=name)
+        lines = left.plot([x / 1e9 for x in tokens], seeds, color=COLOURS[n], **look)
+        right.plot([x / 1e15 for x in cost], seeds, color=COLOURS[n], **look,
+                   label=[name] + [None] * (len(lines) - 1))
     for n, y, label in ((1, 10, "N = 1"), (2, 20, "N = 2"), (4, 30, "3, 4: above")):
         left.plot(4.5, y, "s", color=COLOURS[n], ms=4)
-        left.annotate(label, (4.5, y), (10, -10), textcoords="offset points", fontsize=7,
-                      ha="right")
+        left.annotate(label, (4.5, y), (5, -3), textcoords="offset points", fontsize=7)
     right.plot([], [], "ks", ms=4, label="the paper's")
     answers = truth_table(24, 32, 110)
     for seen in (16, 20, 22, 23):
@@ -566,8 +570,8 @@ def fig2b(figure):
         right.annotate(f"{seen} of 24 cells known", (1, y), (4, -2), fontsize=7,
                        xycoords=("axes fraction", "data"), textcoords="offset points")
     for axis, label in ((left, "training tokens, billions"), (right, "training PFLOPs")):
-        floor_line(axis, T32_LOGS)
-        axis.set(xlabel=label, ylim=(0, 70))
+        floor_line(axis, T32_RUNS[0][-1])
+        axis.set(xlabel=label, ylim=(0, 75))
     left.set(ylabel="exact, %, t = 32")
     outside(right, fontsize=7)
 
