@@ -138,9 +138,9 @@ TABLES = {
            f"fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
         *LONGER_ROWS.values()],
     "fig2b": [
-        *((f"t = 32, {billions} billion tokens (Fig. 2b)", "the same" if i else PAPERS_T32,
+        *((f"t = 32, {billions} billion tokens", PAPERS_T32 if billions < 9 else "-",
            f"{T32} --steps {steps} --loops {loops}", logs)
-          for i, (billions, loops, steps, logs) in enumerate(T32_RUNS)),
+          for billions, loops, steps, logs in T32_RUNS),
         ("t = 8, then 12, 16, 20, 24, 28, 30, 32 (by t)", "-", f"{T32} --steps 39063 --loops 1,2,4"
          " --curriculum 8,12,16,20,24,28,30,32 --eval_size 8192", "t32/rising-N?.jsonl")],
     "supply": [(name, "-", f"{PAPER} {options} --t 8", f"supply/t8-{key}-s*.jsonl")
