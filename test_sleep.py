@@ -1895,7 +1895,8 @@ def test_damaged_resume(tmp_path, capsys):
     assert "no other option" in refused(capsys, [*resume, "--steps", "9"])
     others = [(tmp_path / name / "N1.pt").read_bytes() for name in ("wide", "seed")]
     others += [train.as_file(torch.load(weights, weights_only=True) | wrong)
-               for wrong in ({"records": [{}]}, {"records": 5}, {"fresh": []}, {"optimizers": []})]
+               for wrong in ({"records": [{}]}, {"records": 5}, {"fresh": []}, {"optimizers": []},
+                             {"step": 3}, {"step": None}, {"seconds": None})]
     for damaged in (kept[:1000], kept[:-100], b"", *others):
         weights.write_bytes(damaged)
         before = log.read_bytes()

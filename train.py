@@ -694,7 +694,7 @@ class Run:
                  held_out: dict, log: list[dict]):
         self.loops, self.options, self.folder, self.header = loops, options, folder, header
         self.held_out, self.log = held_out, log
-        self.step, self.token_passes, self.records, seconds = 0, 0, [], 0.0
+        self.step, self.token_passes, self.records = 0, 0, []
         self.train_loss, self.unchecked = None, []  # unchecked: loss and norm, still on the device
         self.checkpoint = folder / f"N{loops}.pt"
         self.task, self.model = build(vars(options))
@@ -713,15 +713,17 @@ class Run:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(options.train == "all" or name in self.fresh)
         self.optimizers = make_optimizers(self.model, options.muon_lr, options.lr)
+        self.began = time.monotonic()
         if saved:
             with reading(path):
                 for optimizer, state in zip(self.optimizers, start["optimizers"], strict=True):
                     optimizer.load_state_dict(state)
-                self.step, self.token_passes, seconds = (
-                    start[name] for name in ("step", "token_passes", "seconds"))
+                self.step, self.token_passes = start["step"], start["token_passes"]
+                self.began -= start["seconds"]
                 self.records = [record | {"step": record["step"]}  # raises if it is no record
                                 for record in start["records"]]
-        self.began = time.monotonic() - seconds
+                if self.step not in range(options.steps + 1):
+                    raise ValueError
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in self.groups:
             group["lr"] = torch.zeros((), device=options.device)  # a captured step reads it there
