@@ -141,6 +141,9 @@ TABLES = {
         *((f"t = 32, {billions} billion tokens", PAPERS_T32 if billions < 9 else "-",
            f"{T32} --steps {steps} --loops {loops}", logs)
           for billions, loops, steps, logs in T32_RUNS),
+        *((f"t = 32, 512M tokens, {gpus}", "-", f"{T32} --steps 10000 --loops 1",
+           f"t32/N1-short-{key}-s*.jsonl")
+          for key, gpus in (("one", "one GPU"), ("two", "two GPUs"))),
         ("t = 8, then 12, 16, 20, 24, 28, 30, 32 (by t)", "-", f"{T32} --steps 39063 --loops 1,2,4"
          " --curriculum 8,12,16,20,24,28,30,32 --eval_size 8192", "t32/rising-N?.jsonl")],
     "supply": [(name, "-", f"{PAPER} {options} --t 8", f"supply/t8-{key}-s*.jsonl")
