@@ -1,16 +1,14 @@
 """The tasks. `python data.py` prints a worked example of each.
 
-A task is a small class: batch(batch_size, random, split, level) -> tokens, targets; title() and
-show(). levels are the difficulties that evaluation reports one by one; level = None is the
-training mixture. No target before scored_from is ever scored. An instance belongs to the train or
-to the held-out split by a hash of itself, so that evaluation is on instances never trained on.
-"""
+An instance (a state, a cycle, a problem) belongs to the train or to the held-out split by a hash of
+itself, so that evaluation is on instances never trained on."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = -100  # target of a token that is not scored, as F.cross_entropy has it
+from sleep import IGNORE
+
 HELD_OUT = 8   # one instance in so many is held out
 FLOOR = 3      # the stream of random numbers that floors are counted on
 SPLITS = {"train": False, "held-out": True}
@@ -19,22 +17,20 @@ SPLITS = {"train": False, "held-out": True}
 def generator(seed: int, stream: int, index: int = 0, device="cpu") -> torch.Generator:
     """A random generator of its own for every (seed, stream, index), so that none disturbs another.
 
-    The CPU generator keeps only the low 32 bits of a seed, hence one well-mixed 32-bit word.
-    """
+    The CPU generator keeps only the low 32 bits of a seed, hence one well-mixed 32-bit word."""
     word = np.random.SeedSequence([seed, stream, index]).generate_state(1)[0]
     return torch.Generator(device).manual_seed(int(word))
 
 
-def rule110(state: Tensor, steps: int, rule: int = 110) -> Tensor:
-    """`steps` steps of a cellular automaton on a ring: integers 0/1 (..., cells) -> the same.
+def rule110(state: Tensor, steps: int, automaton: int = 110) -> Tensor:
+    """`steps` steps of an elementary automaton on a ring: integers 0/1 (..., cells) -> the same.
 
-    The new cell is bit 4 left + 2 self + right of `rule`. With cells fixed at the ends, not on a
-    ring, the first one would become constant and the task trivial.
-    """
+    The automaton's number is its table: the new cell is its bit 4 left + 2 self + right. With cells
+    fixed at the ends, not on a ring, the first one would become constant and the task trivial."""
     dtype, state = state.dtype, state.byte()
     for _ in range(steps):
-        neighbours = 4 * state.roll(1, -1) + 2 * state + state.roll(-1, -1)
-        state = rule >> neighbours & 1  # Choice: periodic ring
+        bit = 4 * state.roll(1, -1) + 2 * state + state.roll(-1, -1)  # 0 to 7
+        state = (automaton >> bit) & 1  # Choice: periodic ring
     return state.to(dtype)
 
 
@@ -48,9 +44,8 @@ def check(name: str, value: int, low: int, high: int | None = None):
 def in_held_out(integers: Tensor) -> Tensor:
     """Which instances (..., size) are held out: about one in HELD_OUT, by a hash. -> bool (...)
 
-    The integers are a polynomial's coefficients modulo 2^64, at a large odd point, and the sum is
-    mixed once. They must be the same for all shufflings of one instance.
-    """
+    The integers must be the same for all shufflings of one instance. The hash is their sum, each
+    times its own odd number, modulo 2^64; then the high bits are mixed into the low ones."""
     powers = [pow(6364136223846793005, i, 2**64) for i in range(1, integers.shape[-1] + 1)]
     weights = torch.from_numpy(np.array(powers, dtype=np.uint64).view(np.int64))
     x = (integers.long() * weights.to(integers.device)).sum(-1)
@@ -58,21 +53,24 @@ def in_held_out(integers: Tensor) -> Tensor:
     return (x >> 40) % HELD_OUT == 0  # Choice: held-out states
 
 
-def sample(given: Tensor, draw, held_out, split: str) -> Tensor:
-    """draw(given (n, ...)) -> n instances, and again those that are not of the split."""
-    instances, wrong = draw(given), torch.arange(len(given), device=given.device)
-    while len(wrong := wrong[held_out(instances[wrong], given[wrong]) != SPLITS[split]]):
-        instances[wrong] = draw(given[wrong])
-    return instances
+def sample(count: int, draw, split: str, device, key=lambda instances, rows: instances) -> Tensor:
+    """`count` instances of a split: draw(rows) makes them for these rows (n,), and again for those
+    of the other split. key(instances, rows) -> integers (n, size), what `in_held_out` is to see."""
+    rows = torch.arange(count, device=device)
+    instances = draw(rows)
+    while True:
+        rows = rows[in_held_out(key(instances[rows], rows)) != SPLITS[split]]
+        if not len(rows):
+            return instances
+        instances[rows] = draw(rows)
 
 
 def floor(task, level: int | None = None) -> float:
     """Exact accuracy of always giving the same answer, the most frequent one; it takes no learning.
 
-    Counted, in fixed held-out sequences: in few where no answer comes often. An answer is all that
-    is scored in a sequence, in its order; the sequence that it is taken from does not count.
-    """
-    for size in (2**12, 2**16):
+    An answer is all that is scored in a sequence, in its order. It is counted in fixed held-out
+    sequences; the one that it is taken from does not count."""
+    for size in (2**12, 2**16):  # few are enough where no answer is frequent
         targets = task.batch(size, generator(0, FLOOR), "held-out", level)[1]
         scored = (targets == IGNORE).byte().argsort(dim=1, stable=True)  # they come first
         answers = targets.gather(1, scored)[:, :(targets != IGNORE).sum(1).max()]
@@ -82,21 +80,46 @@ def floor(task, level: int | None = None) -> float:
     return share
 
 
-def example(task, level: int | None = None) -> tuple[list[str], list[str]]:
-    """A sequence as words, and the first lines of show(): title, then window, token and target."""
-    tokens, targets = (x[0].tolist() for x in task.batch(1, generator(0, 0), level=level))
-    words = [task.words[x] for x in tokens]
-    rows = {"window": [str(i // task.window + 1) for i in range(task.length)], "tokens": words,
-            "targets": ["." if x == IGNORE else task.words[x] for x in targets]}
-    width = max(map(len, rows["window"] + words))
-    lines = [f"{name:8}" + " ".join(f"{cell:{width}}" for cell in row).rstrip()
-             for name, row in rows.items()]
-    return words, [f"{task.title()}; floor {floor(task):.2%}", *lines]
+class Task:
+    """What the tasks share. A task of your own sets what stands below; in its constructor it sets
+    an attribute for each option, and
+
+        window, length  L, the tokens between two evictions, and T, those of every sequence
+        scored_from     no target before this place is scored, and at least one is from it on; to
+                        stream, all of them must be in the last window
+
+    It defines batch(batch_size, random, split, level) -> tokens, targets: int64 (B, T) on the
+    device of `random`, where all that is drawn comes from. Targets are IGNORE where not scored."""
+    words: str | list[str]           # the vocabulary, a word for each token
+    options: dict[str, str] = {}     # parameters of the constructor, with their help
+    levels: tuple[int, ...] = (0,)   # for evaluation one by one; level = None is training's mixture
+    shown: dict = {}                 # options of the example that `python data.py` prints
+
+    def title(self) -> str:
+        sizes = ", ".join(f"{name} {getattr(self, name)}" for name in self.options)
+        return f"{type(self).__name__}: {sizes}"
+
+    def solution(self, words: list[str]):
+        """Lines that say how the answers of a sequence come about."""
+        return []
+
+    def show(self) -> str:
+        """One worked example: the tokens as the model reads them, and how the answers arise."""
+        example = self.batch(1, generator(0, 0), level=self.levels[-1])
+        tokens, targets = (x[0].tolist() for x in example)
+        words = [self.words[x] for x in tokens]
+        rows = {"window": [str(i // self.window + 1) for i in range(self.length)], "tokens": words,
+                "targets": ["." if x == IGNORE else self.words[x] for x in targets]}
+        width = max(map(len, rows["window"] + words))
+        lines = [f"{name:8}" + " ".join(f"{cell:{width}}" for cell in row).rstrip()
+                 for name, row in rows.items()]
+        first = f"{self.title()}; floor {floor(self):.2%}"
+        return "\n".join([first, *lines, *self.solution(words)])
 
 
 # ----------------------------------------------------------------------------------------- Rule 110
 
-class Rule110:
+class Rule110(Task):
     """Rule 110 (Sec. 4, Fig. 2): unrelated states in a row, then the first bit of each, t steps on.
 
     With 4 cells, 2 states and t = 2 (0100 -> 1100 -> 1101, 0111 -> 1101 -> 0111), windows L = 4:
@@ -106,16 +129,17 @@ class Rule110:
         targets    . . . .   . . . .   1 0
 
     The prediction window's inputs are the query and all answers but the last, so that no answer is
-    predicted inside a consolidation window.
-    """
-    words = "01?"  # the vocabulary: 0, 1 and the query
-    QUERY, vocab_size = 2, 3
-    MOST_STEPS = 10_000
+    predicted inside a consolidation window."""
+    words, QUERY = "01?", 2
+    options = {"t": "steps of the automaton, the difficulty; the paper: up to 32",
+               "cells": "cells in a state; the paper: 24",
+               "states": "states in a sequence; the paper: 4",
+               "automaton": "number of the elementary rule"}
 
     def __init__(self, cells: int = 12, states: int = 2, t: int = 4, automaton: int = 110):
         check("cells", cells, 3)
         check("states", states, 1)
-        check("t", t, 0, self.MOST_STEPS)
+        check("t", t, 0, 10_000)
         check("automaton", automaton, 0, 255)
         self.cells, self.states, self.t, self.automaton = cells, states, t, automaton
         self.levels = (t,)
@@ -123,18 +147,15 @@ class Rule110:
         self.length = states * (cells + 1)  # T
         self.scored_from = self.length - states
 
-    def batch(self, batch_size: int, random: torch.Generator, split: str = "train",
-              level: int | None = None) -> tuple[Tensor, Tensor]:
-        """tokens, targets: int64 (B, T) on the device of `random`. split: "train" or "held-out".
-        level: another t."""
+    def batch(self, batch_size, random, split="train", level=None):
+        """See Task. level: another t."""
         device, t = random.device, self.t if level is None else level
-        check("level", t, 0, self.MOST_STEPS)
+        check("level", t, 0, 10_000)
 
-        def draw(given):
-            return torch.randint(2, (len(given), self.cells), generator=random, device=device)
+        def draw(rows):
+            return torch.randint(2, (len(rows), self.cells), generator=random, device=device)
 
-        state = sample(torch.empty(batch_size * self.states, 0, device=device), draw,
-                       lambda state, _: in_held_out(state), split)
+        state = sample(batch_size * self.states, draw, split, device)
         answers = rule110(state, t, self.automaton)[:, 0].view(batch_size, self.states)
         query = torch.full((batch_size, 1), self.QUERY, device=device)
         tokens = torch.cat([state.view(batch_size, -1), query, answers[:, :-1]],
@@ -143,25 +164,22 @@ class Rule110:
         targets[:, -self.states:] = answers
         return tokens, targets
 
-    def title(self) -> str:
+    def title(self):
         return (f"rule {self.automaton}: the first bit of each of {self.states} states of "
                 f"{self.cells} cells after t = {self.t} steps")
 
-    def show(self) -> str:
-        """One worked example: the tokens as the model reads them, and how the answers arise."""
-        words, lines = example(self)
+    def solution(self, words):
         for i in range(self.states):
             state = torch.tensor(list(map(int, words[i * self.cells:(i + 1) * self.cells])))
             steps = ["".join(map(str, rule110(state, s, self.automaton).tolist()))
                      for s in range(self.t + 1)]
             shown = steps if len(steps) <= 6 else steps[:2] + ["..."] + steps[-1:]
-            lines.append(f"state {i + 1}: {' -> '.join(shown)}, first bit {steps[-1][0]}")
-        return "\n".join(lines)
+            yield f"state {i + 1}: {' -> '.join(shown)}, first bit {steps[-1][0]}"
 
 
 # --------------------------------------------------------------------------------------------- Depo
 
-class Depo:
+class Depo(Task):
     """Depo (Sec. 4, Fig. 3): k hops along a shuffled directed cycle, after Allen-Zhu's generator.
 
     With 3 nodes (4 -> 6 -> 2-1 -> 4), 2 hops and 2 questions, windows L = 6:
@@ -177,14 +195,18 @@ class Depo:
 
     Padding is read like any token. It fills the graph on the left to 4 nodes tokens, the questions
     on the right to 6 questions tokens. Training draws the size n of the cycle from 3 to nodes; at a
-    fixed level it is nodes. Questions start at distinct nodes: min(n, questions) of them are asked.
-    """
+    level it is nodes. min(n, questions) questions are asked, which start at distinct nodes."""
+    options = {"nodes": "nodes of the largest cycle, as the paper",
+               "hops": "hops at most, as the paper",
+               "questions": "questions in a sequence, as the paper",
+               "names": "tokens that end a name, and as many that begin one, as the paper"}
+    shown = {"nodes": 4, "hops": 2, "questions": 2, "names": 9, "window": 8}
 
     def __init__(self, nodes: int = 75, hops: int = 16, questions: int = 10, names: int = 50,
                  window: int | None = None):
         check("names", names, 2, 1000)
         check("nodes", nodes, 3, names + names**2)
-        check("hops", hops, 1)
+        check("hops", hops, 1, 1000)
         check("questions", questions, 1, nodes)
         self.nodes, self.hops, self.questions, self.names = nodes, hops, questions, names
         self.window = nodes if window is None else window  # L: None: the graph spans 4 windows
@@ -194,18 +216,10 @@ class Depo:
         self.levels = tuple(2**i for i in range(hops.bit_length()))
         self.words = ([f"{i}-" for i in range(names)] + [f"{i}" for i in range(names)]
                       + [f"k{k + 1}" for k in range(hops)] + ["=", "_"])
-        self.vocab_size = len(self.words)
-        self.ANSWER, self.PAD = self.vocab_size - 2, self.vocab_size - 1
+        self.ANSWER, self.PAD = len(self.words) - 2, len(self.words) - 1
 
-    def sizes(self, level: int | None = None) -> np.ndarray:
-        """P(the cycle has n nodes), n = 0, ..., nodes."""
-        n = np.arange(self.nodes + 1)
-        weights = n == self.nodes if level else (n >= 3) / (n + self.nodes**0.5)
-        return weights / weights.sum()
-
-    def batch(self, batch_size: int, random: torch.Generator, split: str = "train",
-              level: int | None = None) -> tuple[Tensor, Tensor]:
-        """tokens, targets: int64 (B, T) on the device of `random`. level: hops of each question."""
+    def batch(self, batch_size, random, split="train", level=None):
+        """See Task. level: hops of each question."""
         low, high = (1, self.hops) if level is None else (level, level)
         check("level", low, 1, self.hops)
         source = {"generator": random, "device": random.device}
@@ -214,19 +228,17 @@ class Depo:
         def shuffle(n):  # (B, 1) -> (B, nodes): 0, ..., n - 1 in random order, then the others
             return (torch.rand(len(n), self.nodes, **source) + (i >= n)).argsort(dim=1)
 
-        def draw(n):  # (B, 1) -> names (B, nodes), of which the first n are the cycle, in order
+        def draw(rows):  # -> names (B, nodes), of which the first n are the cycle, in order
             # The original draws length and tokens of a name, again if it has been there. That is
             # a race of exponential clocks: half of the time some name of one token is the next.
-            clocks = torch.empty(len(n), total, device=n.device).exponential_(generator=random)
+            clocks = torch.empty(len(rows), total, device=n.device).exponential_(generator=random)
             clocks[:, :self.names] /= self.names
-            return clocks.topk(self.nodes, largest=False).indices.gather(1, shuffle(n))
+            return clocks.topk(self.nodes, largest=False).indices.gather(1, shuffle(n[rows]))
 
-        def after(cycle, n):
-            return cycle.gather(1, (i + 1) % n)
-
-        def held_out(cycle, n):  # the sorted edges are the same from wherever the cycle starts
-            edges = torch.where(i < n, cycle * total + after(cycle, n), -1)
-            return in_held_out(edges.sort(dim=1).values)  # Choice: held-out cycles
+        def edges(cycle, rows):  # sorted, they do not tell where the cycle starts
+            after = cycle.gather(1, (i + 1) % n[rows])
+            edges = torch.where(i < n[rows], cycle * total + after, -1)
+            return edges.sort(dim=1).values  # Choice: held-out cycles
 
         def spell(name):  # (...) -> tokens (..., 2), the first of them padding for a short name
             first = torch.where(name < self.names, self.PAD, name // self.names - 1)
@@ -235,11 +247,13 @@ class Depo:
         def lay(rows, n):  # (B, rows, slots) -> (B, rows * slots): padding instead of rows from n
             return rows.masked_fill((i[:rows.shape[1]] >= n)[..., None], self.PAD).flatten(1)
 
-        sizes = torch.tensor(self.sizes(level), device=random.device)
-        n = sizes.multinomial(batch_size, replacement=True, generator=random)[:, None]
-        cycle = sample(n, draw, held_out, split)
+        size = np.arange(self.nodes + 1)
+        weight = size == self.nodes if level else (size >= 3) / (size + self.nodes**0.5)
+        n = torch.tensor(weight / weight.sum(), device=random.device).multinomial(
+            batch_size, replacement=True, generator=random)[:, None]
+        cycle = sample(batch_size, draw, split, random.device, key=edges)
         order = shuffle(n)
-        ends = cycle.gather(1, order), after(cycle, n).gather(1, order)
+        ends = cycle.gather(1, order), cycle.gather(1, (order + 1) % n)
         graph = lay(torch.cat([spell(end) for end in ends], dim=-1), n)
         graph = graph.gather(1, (graph != self.PAD).byte().argsort(dim=1, stable=True))
 
@@ -257,13 +271,7 @@ class Depo:
         targets[:, graph.shape[1] - 1:-1] = asked.where(scored, IGNORE)  # one to the left
         return tokens, targets
 
-    def title(self) -> str:
-        return (f"depo: {self.questions} questions, 1 to {self.hops} hops on, "
-                f"about a cycle of up to {self.nodes} nodes")
-
-    def show(self) -> str:
-        """One worked example: the tokens as the model reads them, and the walk to each answer."""
-        words, lines = example(self)
+    def solution(self, words):
         text = " ".join(word for word in words if word != "_").replace("- ", "-").split()
         first = next(i for i, word in enumerate(text) if word[0] == "k")
         after = dict(zip(text[:first:2], text[1:first:2]))
@@ -271,17 +279,15 @@ class Depo:
             walk = [name]
             for _ in range(int(k[1:])):
                 walk.append(after[walk[-1]])
-            lines.append(f"{k} from {name}: {' -> '.join(walk)}, answer {answer}")
-        return "\n".join(lines)
+            yield f"{k} from {name}: {' -> '.join(walk)}, answer {answer}"
 
 
 # ---------------------------------------------------------------------------------------------- GSM
 
-class GSM:
+class GSM(Task):
     """The symbolic analogue of GSM-Infinite (Sec. 4, Fig. 4 and 5): arithmetic in shuffled order.
 
-    With 2 operations, 4 statements, the question first (t = 1 + 3 = 4, d = 5 * 4 = 6 modulo 7),
-    windows L = 9:
+    With 2 operations and 4 statements (t = 1 + 3 = 4, d = 5 * 4 = 6 modulo 7), windows L = 9:
 
         window   1 1 1 1 1 1 1 1 1   2 2 2 2 2 2 2 2 2   3 3 3 3 3 3 3 3 3
         tokens   ? d d = 5 * t ; a   = 3 * 6 ; p = t -   d ; t = 1 + 3 ; A
@@ -291,8 +297,13 @@ class GSM:
     and either a constant or the one before that, so that no step can be taken before the last one.
     The others are distractors, one half a chain like the first that shares no variable with it, the
     other half statements with operands of the first that lead nowhere. The number of statements is
-    always the same: no padding, and the length does not tell the level.
-    """
+    always the same: no padding, and the length does not tell the level."""
+    options = {"ops": "needed operations at most",
+               "statements": "statements in a problem, needed or not",
+               "modulus": "a prime; answers are 0 to modulus - 1",
+               "variables": "names for variables",
+               "question": "asked first or last"}
+    shown = {"ops": 3, "statements": 6, "modulus": 7, "window": 13}
 
     def __init__(self, ops: int = 8, statements: int = 16, modulus: int = 11, variables: int = 26,
                  question: str = "first", window: int = 60):
@@ -312,25 +323,23 @@ class GSM:
         self.levels = tuple(range(1, ops + 1))
         letters = [chr(ord("a") + i % 26) + str(i // 26 or "") for i in range(variables)]
         self.words = [str(i) for i in range(modulus)] + letters + list("+-*=;?A")
-        self.vocab_size = len(self.words)
 
-    def batch(self, batch_size: int, random: torch.Generator, split: str = "train",
-              level: int | None = None) -> tuple[Tensor, Tensor]:
-        """tokens, targets: int64 (B, T) on the device of `random`. level: statements needed."""
+    def batch(self, batch_size, random, split="train", level=None):
+        """See Task. level: statements needed."""
         low, high = (1, self.ops) if level is None else (level, level)
         check("level", low, 1, self.ops)
         source = {"generator": random, "device": random.device}
         S, p, plus = self.statements, self.modulus, self.modulus + self.variables
         i = torch.arange(S, device=random.device)
 
-        def draw(level):  # (B, 1) -> (B, S, 4): variable, operand, operator, operand
+        def draw(rows):  # -> (B, S, 4): variable, operand, operator, operand
             # Operands are statements before i, or -1: a constant. Three parts: the needed chain,
-            # i < level; the chain apart; those that reuse what is needed.
-            B = len(level)
-            place = torch.where(i < level, i, i - level)  # in its chain
-            reuses = i >= S - (S - level) // 2
+            # i < steps; the chain apart; those that reuse what is needed.
+            B, steps = len(rows), level[rows]
+            place = torch.where(i < steps, i, i - steps)  # in its chain
+            reuses = i >= S - (S - steps) // 2
             near, far = (torch.where(place >= back, i - back, -1) for back in (1, 2))
-            needed = torch.rand(2, B, S, **source) * level
+            needed = torch.rand(2, B, S, **source) * steps
             near, far = torch.stack([near, far]).where(~reuses, needed.long())
             far = far.where(torch.rand(B, S, **source) < 0.5, -1)
             operands = torch.stack([near, far], dim=-1)
@@ -343,12 +352,12 @@ class GSM:
             operator = torch.randint(plus, plus + 3, (B, S), **source)
             return torch.stack([variable, left, operator, right], dim=-1)
 
-        def held_out(problem, level):  # by what is needed, whatever the distractors and the order
-            needed = torch.where((i < level)[..., None], problem, 0)
-            return in_held_out(needed.flatten(1))  # Choice: held-out problems
+        def needed(problem, rows):  # whatever the distractors and the order
+            needed = torch.where((i < level[rows])[..., None], problem, 0)
+            return needed.flatten(1)  # Choice: held-out problems
 
         level = torch.randint(low, high + 1, (batch_size, 1), **source)
-        problem = sample(level, draw, held_out, split)
+        problem = sample(batch_size, draw, split, random.device, key=needed)
         values = torch.arange(plus, device=i.device).repeat(batch_size, 1)  # a constant's is itself
         for statement in problem[:, :self.ops].unbind(1):  # each after those it depends on
             variable, left, operator, right = statement.split(1, dim=1)
@@ -368,16 +377,9 @@ class GSM:
         targets[:, -1:] = values.gather(1, asked)
         return tokens, targets
 
-    def title(self) -> str:
-        return (f"gsm: a variable that takes 1 to {self.ops} of {self.statements} statements "
-                f"modulo {self.modulus}, question {self.question}")
-
-    def show(self) -> str:
-        """One worked example of the hardest kind: the tokens, and how the answer comes about."""
-        words, lines = example(self, self.ops)
-        start, values = 2 if self.question == "first" else 0, {}
-        means = {words[i]: words[i + 2:i + 5]
-                 for i in range(start, start + 6 * self.statements, 6)}
+    def solution(self, words):
+        means = {words[i - 1]: words[i + 1:i + 4] for i, x in enumerate(words) if x == "="}
+        values = {}
 
         def value(word):
             if word not in means:
@@ -387,14 +389,12 @@ class GSM:
             values[word] = {"+": u + v, "-": u - v, "*": u * v}[operator] % self.modulus
             return values[word]
 
-        answer = value(words[words.index("?") + 1])
-        lines += [f"{word} = {' '.join(means[word])} = {x}" for word, x in values.items()]
-        return "\n".join([*lines, f"answer {answer}"])
+        value(words[words.index("?") + 1])
+        for word, x in values.items():  # the last is the answer
+            yield f"{word} = {' '.join(means[word])} = {x}"
 
 
 TASKS = {"rule110": Rule110, "depo": Depo, "gsm": GSM}
 
 if __name__ == "__main__":
-    print(Rule110().show(),
-          Depo(nodes=4, hops=3, questions=2, names=9, window=8).show(),
-          GSM(ops=3, statements=6, modulus=7, window=13).show(), sep="\n\n")
+    print(*(task(**task.shown).show() for task in TASKS.values()), sep="\n\n")

@@ -2,27 +2,19 @@
 
 The letters are explained at the top of sleep.py. The mathematics stands in plain functions of
 tensors, `attention` and the update rules of S; the modules around them only hold weights. What
-stands below the last line across the page is for speed and may be skipped.
+stands below the line *for speed only* may be skipped.
 """
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch for CPUs comes without Triton, and needs none
-    triton, tl = None, SimpleNamespace(constexpr=int)
-
-# Rotary wavelengths are 2 pi ROPE_BASE^(i / pairs) tokens, i = 0, 1, ... Within a window of 24 the
-# usual 10,000 would leave most pairs of coordinates unrotated; 100 lets them tell positions.
+# Rotary wavelengths are 2 pi ROPE_BASE^(i / pairs) tokens, i = 0, 1, ... With the usual 10,000 most
+# pairs of coordinates would hardly turn within a window of 24.
 ROPE_BASE = 100.0
 
 
@@ -40,7 +32,8 @@ class Tail(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """All that a model remembers. Each tuple has one entry a block, None where there is nothing."""
+    """All that a model remembers. Each tuple has one entry a block, None where there is nothing.
+    Where "the cache" is said, the tails of the convolutions are meant as well."""
     cache: tuple[Cache | Tail | None, ...]  # short-term: grows with every token, evicted
     S: tuple[Tensor | None, ...]  # fast weights (B, H, V, K) of SSM blocks: fixed size, kept
 
@@ -51,7 +44,7 @@ class Memory(NamedTuple):
                 "S": sum(S.nbytes for S in self.S if S is not None)}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """A model's shape. Raises ValueError, one line that begins with the field, if impossible."""
     vocab_size: int
@@ -60,41 +53,12 @@ class Config:
     d_model: int = 256      # d
     n_head: int = 4         # H; K = V = d / H  # Choice: heads
     dtype: str = "float32"  # of activations inside the blocks; parameters, h and S stay in float32
-    # Variants of the sleep; the defaults are Algorithm 1.
-    eviction: str = "hard"       # hard: the whole cache; sliding: all but L - 1 tokens; none
+    rule: str = "gdn"       # update of S, a name in RULES
+    eviction: str = "hard"  # hard: the whole cache; sliding: all but L - 1 tokens; none
     loop_blocks: tuple[int, int] | None = None  # only blocks i to j - 1 are looped; None: all
-    carry: str = "h"             # a pass starts from the last one's h, or again from the first's
-    carry_S: bool = True         # ... and from its S, or again from the S at the window's start
-    sleep_at: str = "sleep"      # where the N passes are spent: asleep, or awake in scored windows
-    rule: str = "gdn"            # update of S, a name in RULES
-    position: str = "none"       # none, or window: a learned vector for each place in the window
 
     def __post_init__(self):
-        if not self.layout or set(self.layout) - set("asm"):
-            raise ValueError(f"layout {self.layout!r}: must be letters a (attention), s (SSM) and "
-                             "m (SSM without MLP), one a block, such as asas")
-        for name in ("vocab_size", "window", "d_model"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
-        if self.n_head < 1 or self.d_model % (2 * self.n_head):
-            raise ValueError(f"n_head {self.n_head}: must divide d_model {self.d_model} "
-                             "into heads of even size")
-        if self.window == 1 and self.eviction == "sliding":
-            raise ValueError("window 1: must be at least 2 for sliding eviction")
-        for name, valid in CHOICES.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} {getattr(self, name)!r}: must be one of "
-                                 + ", ".join(valid))
-        i, j = self.core
-        if not 0 <= i < j <= len(self.layout):
-            raise ValueError(f"loop_blocks {i}:{j}: must be i:j with 0 <= i < j <= "
-                             f"{len(self.layout)}, the number of blocks")
-        if self.sleep_at == "wake" and self.carry_S and set(self.layout) != {"a"}:
-            raise ValueError("sleep_at wake: must come with --no-carry_S, for the S that a pass "
-                             "leaves has read the whole window, answers included")
-        if self.carry == "embed" and (not self.carry_S or set(self.layout[i:j]) == {"a"}):
-            raise ValueError("carry embed: must come with an S that is carried, or all passes "
-                             "would be the same")
+        check_config(self)
 
     @property
     def core(self) -> tuple[int, int]:
@@ -110,18 +74,12 @@ class Config:
 
 # -------------------------------------------------------------------------- the two sequence mixers
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(mode=False)  # what is kept must serve a training step as well
-def _rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
+@torch.compiler.assume_constant_result  # A fast form: what is compiled holds the angles.
+def rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
+    """cos (length, 1, size / 2); -sin, sin (length, 2, size / 2) of rotary angles at 0, 1, ..."""
     frequency = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=dtype, device=device) / size)
     angle = torch.arange(length, dtype=dtype, device=device)[:, None, None] * frequency
     return angle.cos(), torch.cat([-angle.sin(), angle.sin()], dim=1)
-
-
-@torch.compiler.assume_constant_result
-def rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
-    """cos (length, 1, size / 2); -sin, sin (length, 2, size / 2) of rotary angles at 0, 1, ..."""
-    return _rotation(length, size, dtype, device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -150,9 +108,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None,
     return scores.softmax(-1) @ v, Cache(k, v)                            # Eq. (2)
 
 
+# A rule's window form. Token t multiplies S by alpha_t and adds u_t k_t^T. Unrolled from the start,
+#     S_t = gamma_t S_0 + sum over j <= t of D_tj u_j k_j^T,
+# with gamma_t = alpha_1 ... alpha_t and D_tj = alpha_{j+1} ... alpha_t. So o_t = S_t q_t, for all t
+# at once, is two products of matrices; only the vectors u_t are different from rule to rule.
+
 def decays(log_alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """log_alpha (B, H, L) -> what is left at token t of the start, gamma (B, H, L, 1), and of what
-    token j wrote, D (B, H, L, L): the product of alpha over (j, t], 0 for j > t."""
+    """log_alpha (B, H, L) -> what is left at token t of the starting S, gamma (B, H, L, 1), and of
+    what token j wrote, D (B, H, L, L), which is 1 for j = t and 0 for j > t."""
     L = log_alpha.shape[2]
     g = log_alpha.cumsum(-1)  # log gamma
     future = torch.ones(L, L, dtype=torch.bool, device=g.device).triu(1)
@@ -161,16 +124,14 @@ def decays(log_alpha: Tensor) -> tuple[Tensor, Tensor]:
     return g.exp()[..., None], D
 
 
-def write_and_read(q: Tensor, k: Tensor, u: Tensor, gamma: Tensor, D: Tensor,
-                   S: Tensor) -> tuple[Tensor, Tensor]:
-    """Token t writes u_t k_t^T, and then reads with q_t. -> o (B, H, L, V), S (B, H, V, K)"""
+def write_and_read(q: Tensor, k: Tensor, u: Tensor, gamma: Tensor, D: Tensor, S: Tensor):
+    """Every token t writes u_t k_t^T, and then reads with q_t. -> o (B, H, L, V), the last S"""
     o = gamma * (q @ S.mT) + (q @ k.mT * D) @ u                   # Eq. (3): read
     S = gamma[:, :, -1:] * S + (D[:, :, -1, :, None] * u).mT @ k  # Eq. (3): write
     return o, S
 
 
-def gated_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
-               S: Tensor) -> tuple[Tensor, Tensor]:
+def gated_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
     """Eq. (3) as printed (Mamba-2's), a whole window at once:
 
         S_t = alpha_t S_{t-1} + beta_t v_t k_t^T,    o_t = S_t q_t
@@ -182,15 +143,15 @@ def gated_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
     return write_and_read(q, k, beta[..., None] * v, gamma, D, S)
 
 
-def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
-                     S: Tensor) -> tuple[Tensor, Tensor]:
+def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
     """The same with the delta rule (Gated DeltaNet, arXiv 2412.06464), as in the paper's runs:
 
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
 
-    Token t really writes u_t k_t^T with u_t = beta_t (v_t - alpha_t S_{t-1} k_t). Unrolling S_{t-1}
-    into the starting S and the earlier writes makes the L vectors u a lower triangular system.
-    Solve it by substitution only: its keys are nearly collinear, and an inverse by powers explodes.
+    Token t really writes u_t k_t^T with u_t = beta_t (v_t - alpha_t S_{t-1} k_t). With S_{t-1}
+    unrolled as above, the L vectors u are the solution of a lower triangular system. Solve it by
+    substitution only: the keys of a window of bits are nearly collinear, so that an inverse by
+    powers explodes.
     """
     (gamma, D), beta = decays(log_alpha), beta[..., None]
     u = beta * v
@@ -200,16 +161,12 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: T
     return write_and_read(q, k, u, gamma, D, S)
 
 
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor,
-               S: Tensor) -> tuple[Tensor, Tensor]:
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
     """The delta rule without decay (DeltaNet): alpha = 1."""
     return gated_delta_rule(q, k, v, torch.zeros_like(log_alpha), beta, S)
 
 
 RULES = {"gdn": gated_delta_rule, "delta": delta_rule, "mamba2": gated_rule}
-CHOICES = {"dtype": ("float32", "bfloat16", "float64"), "eviction": ("hard", "sliding", "none"),
-           "carry": ("h", "embed"), "sleep_at": ("sleep", "wake"), "rule": RULES,
-           "position": ("none", "window")}
 
 
 # ------------------------------------------------------------------------------------------ modules
@@ -219,15 +176,10 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
-def unit(x: Tensor) -> Tensor:
-    """x over its length, along the last axis."""
-    return norm(x) / math.sqrt(x.shape[-1])
-
-
 class Matrices(nn.Module):
     """n linear maps d_in -> d_out without bias as one product: x (..., d_in) -> (..., n d_out).
 
-    The weight is a stack (n, d_out, d_in), so that Muon orthogonalises each map by itself, and is
+    The weight is a stack (n, d_out, d_in), so that Muon orthogonalises each map by itself. It is
     cast to the dtype of x.
     """
 
@@ -252,33 +204,31 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None, S: None):
         B, L, d = x.shape
         heads = self.qkv(x).view(B, L, 3, self.n_head, -1)  # Eq. (1)
-        q, k, v = (x.transpose(1, 2) for x in heads.unbind(2))  # each (B, H, L, K)
-        o, cache = attention(norm(q), norm(k), v, cache, self.span)  # Choice: normed q and k
-        return self.out(o.transpose(1, 2).reshape(B, L, d)), cache, S
+        # `attention` of norm(q), norm(k) and v; a fast form, on a GPU by a kernel.
+        o, cache = attend(heads, cache, self.span)  # Choice: normed q and k
+        return self.out(o.reshape(B, L, d)), cache, S
 
 
 def short_convolution(x: Tensor, w: Tensor, n_head: int) -> Tensor:
     """What stands before the rule: a causal depthwise convolution, SiLU, unit q and k.
 
-    x (B, L, 3 d), w (4, 3 d) -> q, k, v (B, L, 3, H, K). Written as shifted products: faster than
-    conv1d at these sizes.
+    x (B, L, 3 d), w (4, 3 d) -> q, k, v (B, L, 3, H, K). A fast form: shifted products take less
+    time than conv1d at these sizes.
     """
     L, w, x = x.shape[1], w.to(x.dtype), F.pad(x, (0, 0, 3, 0))
     y = x[:, 3:] * w[3]
     for i in range(3):
         y = torch.addcmul(y, x[:, i:i + L], w[i])
     q, k, v = F.silu(y).view(*y.shape[:2], 3, n_head, -1).unbind(2)
-    return torch.stack([unit(q), unit(k), v], dim=2)
+    root = math.sqrt(q.shape[-1])
+    return torch.stack([norm(q) / root, norm(k) / root, v], dim=2)
 
 
 class ShortConv(nn.Module):
-    """`short_convolution` with a memory.
+    """`short_convolution` with a memory: x (B, L, 3 d), tail -> q, k, v (B, L, 3, H, K), new tail.
 
-    x (B, L, 3 d), tail -> q, k, v (B, L, 3, H, K), the new tail.
-
-    The tail, the 3 inputs before these, is short-term memory: like keys and values it is evicted
-    after the window and made anew in each pass asleep.
-    """
+    The tail, the 3 inputs before these, is short-term memory. Like keys and values it is evicted
+    after the window, and each pass asleep makes it anew."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -314,11 +264,10 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, cache: Tail | None, S: Tensor):
         B, L, d = x.shape
         qkv, cache = self.conv(self.qkv(x), cache)
-        weights = torch.cat([m.weight.flatten(0, 1) for m in (self.gate, self.ab)])  # one product
-        gate, ab = F.linear(x, weights.to(x.dtype)).split([d, 2 * self.n_head], dim=-1)
+        gate, ab = in_one_product(x, self.gate, self.ab)
         a, b = ab.to(S.dtype).chunk(2, dim=-1)  # (B, L, H)
         log_alpha = -self.A_log.exp() * F.softplus(a + self.dt_bias)
-        o, S = update(self.rule, qkv, log_alpha, b.sigmoid(), S)
+        o, S = update(self.rule, qkv, log_alpha, b.sigmoid(), S)  # RULES[self.rule]
         return self.out(norm(o).view(B, L, d) * F.silu(gate)), cache, S
 
 
@@ -342,8 +291,7 @@ class Block(nn.Module):
     def forward(self, h: Tensor, cache: Cache | Tail | None, S: Tensor | None, *, need_h: bool):
         """h (B, L, d), what the block remembers -> the same after these L tokens.
 
-        need_h = False: h is None, and compiled, what only h needs is not computed.
-        """
+        need_h = False: nobody needs that h. It is None, and what only it needs is left out."""
         o, cache, S = self.mixer(norm(h).to(self.dtype), cache, S)
         if not need_h:
             return None, cache, S
@@ -361,44 +309,49 @@ class Hybrid(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.d_model))
-        self.position = (nn.Parameter(0.5 * torch.randn(config.window, config.d_model))
-                         if config.position == "window" else None)  # Choice: no window position
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layout)  # Eq. (4), (5)
         self.out = Matrices(config.d_model, config.vocab_size)
         nn.init.zeros_(self.out.weight)  # Choice: start values
 
     def empty_memory(self, batch_size: int) -> Memory:
-        """Nothing cached, S = 0, which asks for a gradient as any later S does: to a compiler the
-        first window then looks like the others."""
+        """What a model remembers at the start: nothing is cached, S = 0."""
         c, parameter = self.config, self.out.weight
         size = c.d_model // c.n_head  # Differs: V = K
-        S = tuple(None if kind == "a" else torch.zeros(
-            batch_size, c.n_head, size, size, device=parameter.device,
-            dtype=torch.promote_types(parameter.dtype, torch.float32),
-            requires_grad=torch.is_grad_enabled()) for kind in c.layout)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        S = tuple(None if kind == "a" else like_later_S(torch.zeros(
+            batch_size, c.n_head, size, size, dtype=dtype, device=parameter.device))
+            for kind in c.layout)
         return Memory((None,) * len(c.layout), S)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) -> h (B, L, d). A product: the gradient of a lookup would have to sort.
+        """tokens (B, L) -> h (B, L, d). Raises ValueError if tokens are no whole numbers.
 
-        Raises ValueError if tokens are no whole numbers or more than positions.
+        A fast form: one product, since the gradient of a lookup would have to sort.
         """
         if tokens.is_floating_point() or tokens.ndim != 2:
             raise ValueError(f"tokens {tuple(tokens.shape)}, {tokens.dtype}: must be whole numbers "
                              "(B, L)")
-        if self.position is not None and tokens.shape[1] > len(self.position):
-            raise ValueError(f"tokens {tuple(tokens.shape)}: must be at most a window, "
-                             f"{len(self.position)}, with --position window")
         one_hot = F.one_hot(tokens.long(), len(self.embedding))
-        h = one_hot.to(self.embedding.dtype) @ self.embedding
-        return h if self.position is None else h + self.position[:tokens.shape[1]]
+        return one_hot.to(self.embedding.dtype) @ self.embedding  # Choice: no window position
 
-    def blocks(self, h: Tensor, memory: Memory, start: int, stop: int, *,
+    def prelude(self, h: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """The blocks before the looped ones: h (B, L, d), memory -> the same after them."""
+        return self.blocks(h, memory, 0, self.config.core[0])
+
+    def core(self, h: Tensor, memory: Memory, need_h: bool = True) -> tuple[Tensor | None, Memory]:
+        """One pass over the looped blocks. need_h = False: the h after it may be None."""
+        i, j = self.config.core
+        return self.blocks(h, memory, i, j, need_h or j < len(self.layers))
+
+    def coda(self, h: Tensor, memory: Memory, need_h: bool = True) -> tuple[Tensor | None, Memory]:
+        """The blocks after the looped ones."""
+        return self.blocks(h, memory, self.config.core[1], len(self.layers), need_h)
+
+    def blocks(self, h: Tensor | None, memory: Memory, start: int, stop: int,
                need_h: bool = True) -> tuple[Tensor | None, Memory]:
-        """One pass over the blocks start to stop - 1: h (B, L, d), memory -> the same after it.
+        """The blocks start to stop - 1, in their order: h (B, L, d), memory -> the same after them.
 
-        need_h = False: nobody needs the h of the last one, it is None.
-        """
+        need_h = False: nobody needs the last h, it is None."""
         cache, S = list(memory.cache), list(memory.S)
         for i in range(start, stop):
             h, cache[i], S[i] = self.layers[i](h, cache[i], S[i], need_h=need_h or i < stop - 1)
@@ -409,7 +362,46 @@ class Hybrid(nn.Module):
         return self.out(norm(h))
 
 
+CHOICES = {"dtype": ("float32", "bfloat16", "float64"), "rule": RULES,
+           "eviction": ("hard", "sliding", "none")}
+
+
+def check_config(c: Config):
+    """Raises ValueError, one line that begins with the field, if a shape is impossible."""
+    i, j = c.core
+    for name, possible, must in (
+            ("layout", c.layout and not set(c.layout) - set("asm"), "be letters a (attention), "
+             "s (SSM) and m (SSM without MLP), one a block, such as asas"),
+            *((name, getattr(c, name) >= 1, "be at least 1")
+              for name in ("vocab_size", "window", "d_model")),
+            ("n_head", c.n_head >= 1 and c.d_model % (2 * max(c.n_head, 1)) == 0,
+             f"divide d_model {c.d_model} into heads of even size"),
+            ("window", c.window > 1 or c.eviction != "sliding",
+             "be at least 2 for sliding eviction"),
+            *((name, getattr(c, name) in valid, "be one of " + ", ".join(valid))
+              for name, valid in CHOICES.items()),
+            ("loop_blocks", 0 <= i < j <= len(c.layout),
+             f"be i:j with 0 <= i < j <= {len(c.layout)}, the number of blocks")):
+        if not possible:
+            value = f"{i}:{j}" if name == "loop_blocks" else repr(getattr(c, name))
+            raise ValueError(f"{name} {value}: must {must}")
+
+
 # -------------------------------------------------------------------------------- for speed only
+
+def like_later_S(S: Tensor) -> Tensor:
+    """The start's S asks for a gradient as any later S does: to a compiler the first window then
+    looks like the others."""
+    return S.requires_grad_(torch.is_grad_enabled())
+
+
+def in_one_product(x: Tensor, *maps: Matrices) -> tuple[Tensor, ...]:
+    """The maps of x, made as one product. Their weights are used directly: hooks on them are not
+    called."""
+    weight = torch.cat([m.weight.flatten(0, 1) for m in maps])
+    y = F.linear(x, weight.to(x.dtype))
+    return y.split([m.weight.shape[:2].numel() for m in maps], dim=-1)
+
 
 PIECE = 32  # tokens that go through a rule at once: its work grows with their square
 
@@ -424,7 +416,9 @@ def update(rule: str, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
     if not log_alpha.shape == beta.shape == (B, L, H) or S.shape != (B, H, K, K):
         raise ValueError(f"S {tuple(S.shape)}: must be of {B} sequences, {H} heads and keys of {K},"
                          f" as q, k and v are, {tuple(qkv.shape)}, with an alpha and beta for each")
-    run, pieces = form(rule, qkv), -(-L // PIECE)
+    has_kernel = rule in KERNELS and fits_kernels(qkv, K)
+    run = KERNELS[rule] if has_kernel else plain_form(RULES[rule])
+    pieces = -(-L // PIECE)
     if pieces == 1:
         return run(qkv, log_alpha, beta, S)
     outputs = []
@@ -434,18 +428,27 @@ def update(rule: str, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
     return torch.cat(outputs, dim=1), S
 
 
-def form(rule: str, qkv: Tensor):
-    """What runs a rule on such q, k, v: a kernel if the rule has one, else the plain form."""
-    if rule in KERNELS and fits_kernels(qkv, qkv.shape[4]):
-        return KERNELS[rule]
-    return partial(plain_form, RULES[rule])
+def plain_form(rule):
+    """A rule in the layers' layout, and in the dtype of S: a triangular solve takes no other."""
+    def run(qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
+        q, k, v = (x.to(S.dtype).transpose(1, 2).contiguous() for x in qkv.unbind(2))
+        with torch.autocast(S.device.type, enabled=False):
+            o, S = rule(q, k, v, log_alpha.to(S.dtype).mT, beta.to(S.dtype).mT, S)
+        return o.transpose(1, 2).to(qkv.dtype), S
+    return run
 
 
-def plain_form(rule, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
-    q, k, v = (x.to(S.dtype).transpose(1, 2).contiguous() for x in qkv.unbind(2))  # (B, H, L, K)
-    with torch.autocast(S.device.type, enabled=False):  # a triangular solve takes no half precision
-        o, S = rule(q, k, v, log_alpha.to(S.dtype).mT, beta.to(S.dtype).mT, S)
-    return o.transpose(1, 2).to(qkv.dtype), S
+def attend(qkv: Tensor, cache: Cache | None, span: int | None) -> tuple[Tensor, Cache]:
+    """`attention` in the layers' layout, q and k normed; by a kernel where nothing is cached yet.
+
+    qkv (B, L, 3, H, K) -> o (B, L, H, V) and the cache grown by L.
+    """
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # each (B, H, L, K)
+    L, K = qkv.shape[1], qkv.shape[4]
+    if cache is None and L <= PIECE and fits_kernels(qkv, K):
+        return fused_attention(qkv, *rotation(L, K, torch.float32, qkv.device)), Cache(norm(k), v)
+    o, cache = attention(norm(q), norm(k), v, cache, span)
+    return o.transpose(1, 2), cache
 
 
 def prepare(x: Tensor, w: Tensor, n_head: int) -> Tensor:
@@ -464,12 +467,21 @@ def fits_kernels(x: Tensor, K: int) -> bool:
             and x.numel() * max(1, K // x.shape[1]) < 2**31)  # offsets are int32
 
 
-# The kernels: `short_convolution` and `gated_delta_rule` once more, letters as there, but for T,
-# the inverse of I + A, and C, the L tokens rounded up to 16 or 32; the tests compare both forms.
+# The kernels: `short_convolution`, `gated_delta_rule` and `attention` once more, letters as there;
+# but T is the inverse of I + A, and C is L rounded up to 16 or 32. The tests compare both forms.
 # What plain torch writes to memory and reads again in some thirty kernels stays on chip. Decays,
 # sums and S are float32, I + A is inverted in tf32, other factors of products in bfloat16.
 
-jit = triton.jit if triton else lambda function: function
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:  # torch for CPUs comes without Triton: the kernels are defined, but never run
+    from types import SimpleNamespace
+    triton, tl = None, SimpleNamespace(constexpr=int)
+
+    def jit(kernel):
+        return kernel
 
 
 @jit
@@ -533,6 +545,61 @@ def dot(a, b, c=None):
 
 
 @jit
+def window(qkv, cos, sin, L, H, C: tl.constexpr, K: tl.constexpr):
+    # A program takes the window of one head n of a sequence: C tokens t, zeros from L on. Offsets:
+    # at of q in qkv, LV of o. A coordinate x is turned together with the one at far.
+    n, t, x = tl.program_id(0), tl.arange(0, C), tl.arange(0, K)
+    row = t[:, None]
+    at = (n // H * L + row) * 3 * H * K + n % H * K
+    c = tl.load(cos + row * (K // 2) + x % (K // 2), row < L, 0.0)
+    s = tl.load(sin + row * K + x, row < L, 0.0)
+    v = tl.load(qkv + at + 2 * H * K + x, row < L, 0.0)
+    return t, row, at + x, at + (x + K // 2) % K, ((n // H * L + row) * H + n % H) * K + x, c, s, v
+
+
+@jit
+def turned(x, far, c, s, K: tl.constexpr):  # x normed, 1 over its norm, x turned, far turned
+    x, far = x.to(tl.float32), far.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / K + 1.1920929e-7)[:, None]
+    x, far = x * scale, far * scale
+    return x, scale, x * c + far * s, far * c - x * s
+
+
+@jit
+def weights(q, k, t, K: tl.constexpr):
+    scores = tl.where(t[:, None] >= t, dot(q, tl.trans(k)) / tl.sqrt(K * 1.0), -float("inf"))
+    p = tl.exp(scores - tl.max(scores, 1)[:, None])
+    return p / tl.sum(p, 1)[:, None]
+
+
+@jit
+def attention_forward(qkv, cos, sin, o, L, H, C: tl.constexpr, K: tl.constexpr):
+    t, row, at, far, LV, c, s, v = window(qkv, cos, sin, L, H, C, K)
+    _, _, q, _ = turned(tl.load(qkv + at, row < L, 0.0), tl.load(qkv + far, row < L, 0.0), c, s, K)
+    qkv += H * K
+    _, _, k, _ = turned(tl.load(qkv + at, row < L, 0.0), tl.load(qkv + far, row < L, 0.0), c, s, K)
+    tl.store(o + LV, dot(weights(q, k, t, K), v), row < L)
+
+
+@jit
+def attention_backward(qkv, cos, sin, do, dqkv, L, H, C: tl.constexpr, K: tl.constexpr):
+    t, row, at, far, LV, c, s, v = window(qkv, cos, sin, L, H, C, K)
+    qn, q_scale, q, q_far = turned(tl.load(qkv + at, row < L, 0.0),
+                                   tl.load(qkv + far, row < L, 0.0), c, s, K)
+    qkv += H * K
+    kn, k_scale, k, k_far = turned(tl.load(qkv + at, row < L, 0.0),
+                                   tl.load(qkv + far, row < L, 0.0), c, s, K)
+    p, do = weights(q, k, t, K), tl.load(do + LV, row < L, 0.0)
+    tl.store(dqkv + at + 2 * H * K, dot(tl.trans(p), do), row < L)
+    dp = dot(do, tl.trans(v))
+    ds = p * (dp - tl.sum(p * dp, 1)[:, None]) / tl.sqrt(K * 1.0)
+    dq = dot(ds, k) * c - dot(ds, k_far) * s  # turned back
+    dk = dot(tl.trans(ds), q) * c - dot(tl.trans(ds), q_far) * s
+    tl.store(dqkv + at, q_scale * (dq - qn * tl.sum(dq * qn, 1)[:, None] / K), row < L)
+    tl.store(dqkv + at + H * K, k_scale * (dk - kn * tl.sum(dk * kn, 1)[:, None] / K), row < L)
+
+
+@jit
 def tile(qkv, log_alpha, beta, L, H, C: tl.constexpr, K: tl.constexpr):
     # A program takes the window of one head n of a sequence: C tokens t, zeros from L on. Offsets:
     # i in (B, L, H), at of q in qkv, and those of (L, V), (L, C) and (V, K) tiles.
@@ -591,6 +658,30 @@ def rule_backward(qkv, log_alpha, beta, S, inverse, do, dafter, dqkv, dlog_alpha
     tl.store(dqkv + at + H * K, dk, row < L)
     dS_q = dot(tl.trans(gamma * do), q, end * tl.load(dafter + VK))
     tl.store(dS + VK, dot(tl.trans(-beta * gamma * dR), k, dS_q))
+
+
+@torch.library.custom_op("sleep::fused_attention", mutates_args=())
+def fused_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (B, L, _, H, K), qkv = qkv.shape, qkv.contiguous()
+    o = qkv.new_empty(B, L, H, K)
+    attention_forward[B * H,](qkv, cos, sin, o, L, H, 16 if L <= 16 else 32, K, num_warps=1)
+    return o
+
+
+@torch.library.custom_op("sleep::fused_attention_backward", mutates_args=())
+def fused_attention_backward(qkv: Tensor, cos: Tensor, sin: Tensor, do: Tensor) -> Tensor:
+    (B, L, _, H, K), qkv = qkv.shape, qkv.contiguous()
+    dqkv = torch.empty_like(qkv)
+    attention_backward[B * H,](qkv, cos, sin, do.contiguous(), dqkv, L, H, 16 if L <= 16 else 32, K,
+                               num_warps=max(1, K // 32))  # measured
+    return dqkv
+
+
+fused_attention.register_fake(lambda qkv, cos, sin: qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]))
+fused_attention_backward.register_fake(lambda qkv, cos, sin, do: qkv.new_empty(qkv.shape))
+fused_attention.register_autograd(
+    lambda ctx, do: (fused_attention_backward(*ctx.saved_tensors, do), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def tile_of(n: int, n_head: int) -> tuple[int, int]:

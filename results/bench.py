@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from timeit import default_timer, repeat
 
@@ -24,19 +25,20 @@ SECONDS, STEPS = 4.0, 5      # of training in each row, at least
 CONTEXTS = 1, 10, 100, 1000  # windows read before bytes are counted
 
 
-def model_flops(model: Hybrid, windows: list[Window], loops: int) -> float:
+def model_flops(model: Hybrid, windows: list[Window], loops: int, awake: bool = False) -> float:
     """FLOPs of a training step for one sequence: 6 for each weight a token meets in each pass.
 
     2 in the forward and 4 in the backward pass; the products of a mixer among the L tokens of the
     window (L x L, masked or not) and with S count alike. The last block of the last pass asleep
     only has to write S. Not counted: keys of earlier windows, what is no product, the optimizers.
+    awake: the N passes are spent in the scored windows, as by the variant of that name.
     """
     c, (i, j), total = model.config, model.config.core, 0
     for b, (kind, block) in enumerate(zip(c.layout, model.layers)):
         matrices = sum(p.numel() for p in block.parameters() if p.ndim == 3)
         for start, stop, scored in windows:
             L = stop - start
-            N = loops if i <= b < j and scored == (c.sleep_at == "wake") else 1
+            N = loops if i <= b < j and scored == awake else 1
             # q k^T, P v; or q k^T, k k^T, P U, T R in pieces and the three products with S
             piece = -(-L // -(-L // PIECE))
             mixer = c.d_model * (2 * L if kind == "a" else 4 * piece + 3 * c.d_model // c.n_head)
@@ -59,11 +61,10 @@ def bench_use(model: Hybrid, device: str, loops: int) -> dict:
     """Latency of one token awake, of one window's sleep, at batch 1, uncompiled."""
     c = model.config
     window = torch.randint(c.vocab_size, (1, c.window), device=device)
-    asleep, awake = (loops, 1) if c.sleep_at == "sleep" else (1, loops)
-    begun = evict(sleep(model, window, model.empty_memory(1), asleep), c.keep)
+    begun = evict(sleep(model, window, model.empty_memory(1), loops), c.keep)
     half = wake(model, window[:, :(c.window + 1) // 2], begun)[1]
-    return {"wake_ms": 1e3 * fastest(lambda: wake(model, window[:, :1], half, awake), device, 99),
-            "sleep_ms": 1e3 * fastest(lambda: sleep(model, window, begun, asleep), device, 20)}
+    return {"wake_ms": 1e3 * fastest(lambda: wake(model, window[:, :1], half), device, 99),
+            "sleep_ms": 1e3 * fastest(lambda: sleep(model, window, begun, loops), device, 20)}
 
 
 def bench_row(options: argparse.Namespace, loops: int) -> dict:
@@ -75,7 +76,8 @@ def bench_row(options: argparse.Namespace, loops: int) -> dict:
         torch.cuda.reset_peak_memory_stats()
     began, ready = default_timer(), []
     optimizers = train.make_optimizers(model, options.muon_lr, options.lr)
-    step = train.fast_steps(model, optimizers, windows, options.fast)(loops)
+    step = train.recorded(partial(train.training_step, model, optimizers, loops, windows), model,
+                          options.fast)
     data = train.batches(task, options, 0)
     for _ in range(5 if device == "cuda" else 2):  # up to and beyond the capture
         step(*next(data)).tolist()
@@ -143,13 +145,13 @@ def main(argv: list[str] | None = None) -> int:
     argv, parser = sys.argv[1:] if argv is None else argv, train.get_parser()
     parser.prog, parser.description = "bench.py", __doc__
     given = parser.parse_args(argv)
-    for name in ("init", "curriculum", "loops_schedule", "eval_loops", "resume"):
+    for name in ("init", "eval_loops", "resume"):
         if getattr(given, name) != parser.get_default(name):
             parser.error(f"--{name}: must not be given to results/bench.py")
     if given.out and (given.out.exists() or not given.out.parent.is_dir()):
         parser.error(f"--out {given.out}: must be a new file, in a folder that is there")
     parser.set_defaults(**{name: value for name, value in train.PAPER.items()
-                           if given.task == "rule110" or name not in train.TASK_OPTIONS})
+                           if given.task == "rule110" or name not in ("cells", "states")})
     parser.set_defaults(loops=[1, 2, 4, 8])
     if given.device == "cpu" or not torch.cuda.is_available():
         parser.set_defaults(batch=64)

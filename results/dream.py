@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,17 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Rule110, floor, generator, rule110
 from model import Config, Hybrid, Memory
+from results.variants import position
 from sleep import evict, passes, wake
-from train import (EVAL, TRAIN, Halt, Parser, capture, in_one_line, lr_factor, make_header,
-                   make_optimizers, positive, several, uncompiled, whole, write)
+from train import (EVAL, TRAIN, Halt, Parser, counts, in_one_line, lr_factor, make_header,
+                   make_optimizers, positive, recorded, set_rates, uncompiled, whole, write)
+
+[(_, _, Positioned)] = position()  # a hybrid with a learned vector for each place in the window
 
 
 def dreamer(config: Config) -> Hybrid:
     """A hybrid with V more embeddings: a dreamt token's is not that of the same token read."""
-    model = Hybrid(config)
+    model = Positioned(config)
     model.embedding = nn.Parameter(torch.randn(2 * config.vocab_size, config.d_model))
     return model
 
@@ -69,16 +73,14 @@ def draw(task: Rule110, k: int, batch: int, random: torch.Generator, split: str)
     return tokens, targets[:, task.scored_from:], torch.stack(states[1:], dim=2)
 
 
-def make_step(model: Hybrid, optimizers: list[torch.optim.Optimizer]):
-    def step(*batch: Tensor) -> Tensor:
-        loss = algorithm1(model, *batch)[0]
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.detach()
-    return capture(step) if model.embedding.is_cuda else step
+def training_step(model: Hybrid, optimizers: list[torch.optim.Optimizer], *batch: Tensor) -> Tensor:
+    loss = algorithm1(model, *batch)[0]
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -94,15 +96,18 @@ def get_options(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="dream.py", description=__doc__, allow_abbrev=False)
     for name, value in {
             "t": 32, "loops": 16, "schedule": [2, 4, 8, 16], "eval_loops": [32], "cells": 24,
-            "states": 4, "layout": "asas", "position": "window", "d_model": 256, "n_head": 4,
+            "states": 4, "layout": "asas", "d_model": 256, "n_head": 4,
             "steps": 3200, "batch": 512, "muon_lr": 4e-3, "lr": 1e-3, "seed": 1, "eval_size": 2048,
             "out": "out/dream.jsonl", "device": "cuda" if torch.cuda.is_available() else "cpu",
     }.items():
         parser.add_argument(f"--{name}", default=value, help="%(default)s", type={
-            int: whole(1), float: positive, list: several(1024), str: str}[type(value)])
+            int: whole(1), float: positive, list: counts, str: str}[type(value)])
     o = parser.parse_args(argv)
     if any(N % 2 for N in [o.loops, *o.schedule, *o.eval_loops]) or 2 * o.t % o.loops:
         parser.error("every N must be even, and --t a multiple of half of --loops")
+    if o.steps < len(o.schedule):
+        parser.error(f"--steps {o.steps}: must be at least one for each N of --schedule, "
+                     f"{len(o.schedule)}")
     return o
 
 
@@ -113,29 +118,25 @@ def main(argv: list[str]):
     torch.manual_seed(o.seed)
     try:
         tasks = {N: Rule110(o.cells, o.states, N // 2 * k) for N in o.schedule + o.eval_loops}
-        model = dreamer(Config(Rule110.vocab_size, o.cells, o.layout, o.d_model, o.n_head,
-                               "bfloat16" if gpu else "float32", position=o.position)).to(o.device)
+        model = dreamer(Config(len(Rule110.words), o.cells, o.layout, o.d_model, o.n_head,
+                               "bfloat16" if gpu else "float32")).to(o.device)
     except (ValueError, RuntimeError) as error:
         raise Halt(2, f"error: --{error}") from None
     Path(o.out).parent.mkdir(parents=True, exist_ok=True)
     Path(o.out).touch(exist_ok=False)  # never over another log
-    for block in model.layers if gpu else ():  # as in train.fast_steps
-        torch._dynamo.config.recompile_limit = 64
-        block.compile(dynamic=False)
-    optimizers = make_optimizers(model, o.muon_lr, o.lr)
-    for optimizer in optimizers:  # a captured step reads its rate there
+    fast, optimizers = "compile" if gpu else "eager", make_optimizers(model, o.muon_lr, o.lr)
+    for optimizer in optimizers:  # a recorded step reads its rate there
         optimizer.param_groups[0]["lr"] = torch.zeros((), device=o.device)
     for i, N in enumerate(o.schedule, 1):
-        step_of_N = make_step(model, optimizers)
+        step_of_N = recorded(partial(training_step, model, optimizers), model, fast)
         steps = range(o.steps * (i - 1) // len(o.schedule), o.steps * i // len(o.schedule))
         for step in tqdm(steps, f"N = {N}", disable=None, leave=False):
-            for optimizer, rate in zip(optimizers, (o.muon_lr, o.lr)):
-                optimizer.param_groups[0]["lr"].fill_(rate * lr_factor(step, o.steps))
+            set_rates(optimizers, o, lr_factor(step, o.steps))
             random = generator(o.seed, TRAIN, step, o.device)
             loss = step_of_N(*draw(tasks[N], k, o.batch, random, "train"))
         for n in tasks if steps.stop == o.steps else o.schedule:
             random = generator(0, EVAL, 0, o.device)
-            with uncompiled("compile" if gpu else "eager"):
+            with uncompiled(fast):
                 scores = evaluate(model, *draw(tasks[n], k, o.eval_size, random, "held-out"))
             records.append({"loops": n, "t": tasks[n].t, "step": steps.stop,
                             "tokens": steps.stop * o.batch * tasks[n].length,

@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from functools import cache
 from importlib.util import find_spec
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +30,8 @@ from results.bench import model_flops  # noqa: E402
 KINDS = r"Eq\.|Alg\.|Choice:|Differs:"  # of tags
 COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of N
 FLOOR = {"color": "black", "lw": 0.8, "ls": "--"}
-OLD = {"position": "window"}  # options that old logs lack, where that does not mean the default
-FREE = {*train.LEFT_OUT, "init", "seed", "loops", "eval_loops", "eval_every"}  # not compared
+VARIANT = "results/variants.py"  # a row's command begins with it, where it is not train.py's
+FREE = {*train.LEFT_OUT, "init", "seed", "loops", "eval_loops", "eval_every", "variant"}
 
 SETTINGS = {  # name of the logs -> what tables and figures call it, its options
     "base": ("4 heads, 4e-3", "--n_head 4 --muon_lr 4e-3"),
@@ -43,61 +43,53 @@ SETTINGS = {  # name of the logs -> what tables and figures call it, its options
 SETTINGS_T = {12: (2344, "base m3 m2 h8 factor d20"), 10: (782, "base m3 m2 factor")}  # t -> steps
 FIG2A = {4: "converges", 8: "converges", **dict.fromkeys((10, 12, 14, 16), "ever more slowly")}
 PAPER = "--paper --fast compile"
-WINDOW = f"{PAPER} --position window --n_head 4"
+WINDOW = f"{VARIANT} position {PAPER} --n_head 4"
 WORTH_T = 12, 16  # t of the runs with 160M tokens that WORTH compares with
-SUPPLY = {  # what the passes supply, t = 8
-    "embed": ("four blocks, every pass from the embedding", "--carry embed --loops 4"),
-    "resetS": ("four blocks, every pass from the window's S", "--no-carry_S --loops 4"),
-    "blocks8": ("eight blocks", "--layout asasasas --loops 1"),
-    "blocks2": ("two blocks", "--layout as --loops 1,2,4"),
-    "blocks2-embed": ("two blocks, from the embedding", "--layout as --carry embed --loops 2"),
-    "blocks2-resetS": ("two blocks, from the window's S", "--layout as --no-carry_S --loops 2"),
-    "position-blocks2": ("two blocks, with a position",
-                         "--layout as --position window --loops 1,2,4"),
+SUPPLY = {  # what the passes supply, t = 8: variant, options
+    "embed": ("four blocks, every pass from the embedding", "embed", "--loops 4"),
+    "resetS": ("four blocks, every pass from the window's S", "reset_S", "--loops 4"),
+    "blocks8": ("eight blocks", None, "--layout asasasas --loops 1"),
+    "blocks2": ("two blocks", None, "--layout as --loops 1,2,4"),
+    "blocks2-embed": ("two blocks, from the embedding", "embed", "--layout as --loops 2"),
+    "blocks2-resetS": ("two blocks, from the window's S", "reset_S", "--layout as --loops 2"),
+    "position-blocks2": ("two blocks, with a position", "position", "--layout as --loops 1,2,4"),
     "position-blocks2-embed": ("two blocks, with a position, from the embedding",
-                               "--layout as --position window --carry embed --loops 2"),
+                               "position+embed", "--layout as --loops 2"),
     "position-blocks2-resetS": ("two blocks, with a position, from the window's S",
-                                "--layout as --position window --no-carry_S --loops 2")}
-WORTH = {  # other ways to spend compute: steps, options
-    "tokens": ("N = 1, four times the tokens", 12500, "--loops 1"),
-    "blocks8": ("N = 1, eight blocks", 3125, "--layout asasasas --loops 1"),
-    "blocks16": ("N = 1, sixteen blocks", 3125, "--layout asasasasasasasas --loops 1"),
-    "awake": ("the passes spent awake", 3125, "--sleep_at wake --no-carry_S --loops 4"),
-    "rising": ("N = 1, then 2, then 4", 3125, "--loops_schedule 1,2,4 --loops 4")}
-SMALL = {
-    "base": ("the default, N = 1, 2, 4", "--loops 1,2,4"),
-    "position": ("with a position in the window", "--loops 1,2 --position window"),
-    "blocks4": ("twice the blocks", "--layout asas --loops 1"),
-    "tokens2": ("twice the tokens", "--loops 1 --steps 1600"),
-    "tokens4": ("four times the tokens", "--loops 1 --steps 3200"),
-    "wake": ("the passes spent awake", "--loops 2,4 --sleep_at wake --no-carry_S"),
-    "embed": ("every pass from the embedding", "--loops 2 --carry embed"),
-    "resetS": ("every pass from the window's S", "--loops 2 --no-carry_S"),
-    "delta": ("update without decay (DeltaNet)", "--loops 1,2 --rule delta"),
-    "mamba2": ("update without the delta rule (Mamba-2)", "--loops 1,2 --rule mamba2"),
-    "kept": ("the cache is kept", "--eviction none --loops 1,2"),
-    "attention": ("attention only", "--layout aa --loops 1,2"),
-    "attention-kept": ("attention only, the cache is kept",
-                       "--layout aa --eviction none --loops 1,2"),
-    "rising2": ("N = 1, then 2", "--loops 2 --loops_schedule 1,2"),
-    "rising4": ("N = 1, then 2, then 4", "--loops 4 --loops_schedule 1,2,4"),
-    "random": ("one model for every N: loops_random=True", "--loops 4 --loops_schedule 1,2,4"),
-    "curriculum": ("t = 1, then 2, 3, 4 (by t; the figure has t = 4)",
-                   "--loops 1,2 --curriculum 1,2,3,4")}
+                                "position+reset_S", "--layout as --loops 2")}
+WORTH = {  # other ways to spend compute: variant, options, steps
+    "tokens": ("N = 1, four times the tokens", None, "--loops 1", 12500),
+    "blocks8": ("N = 1, eight blocks", None, "--layout asasasas --loops 1", 3125),
+    "blocks16": ("N = 1, sixteen blocks", None, "--layout asasasasasasasas --loops 1", 3125),
+    "awake": ("the passes spent awake", "awake", "--loops 4", 3125)}
+SMALL = {  # variants of the default run: variant, options
+    "base": ("the default, N = 1, 2, 4", None, "--loops 1,2,4"),
+    "position": ("with a position in the window", "position", "--loops 1,2"),
+    "blocks4": ("twice the blocks", None, "--layout asas --loops 1"),
+    "tokens2": ("twice the tokens", None, "--loops 1 --steps 1600"),
+    "tokens4": ("four times the tokens", None, "--loops 1 --steps 3200"),
+    "wake": ("the passes spent awake", "awake", "--loops 2,4"),
+    "embed": ("every pass from the embedding", "embed", "--loops 2"),
+    "resetS": ("every pass from the window's S", "reset_S", "--loops 2"),
+    "delta": ("update without decay (DeltaNet)", None, "--loops 1,2 --rule delta"),
+    "mamba2": ("update without the delta rule (Mamba-2)", None, "--loops 1,2 --rule mamba2"),
+    "kept": ("the cache is kept", None, "--eviction none --loops 1,2"),
+    "attention": ("attention only", None, "--layout aa --loops 1,2"),
+    "attention-kept": ("attention only, the cache is kept", None,
+                       "--layout aa --eviction none --loops 1,2")}
 
-RECIPES = [  # what the paper does with trained models, and its sliding window: name, options, logs
-    ("sliding window (Fig. 5)", "--eviction sliding --loops 1,2 --t 4", "sliding"),
-    ("middle blocks, 1: a hybrid, N = 1", "--layout asas --t 5 --loops 1", "middle"),
-    *((f"2: its middle blocks, N = {n}",
+RECIPES = [  # what the paper does with trained models, and its sliding window: variant, options
+    ("sliding window (Fig. 5)", None, "--eviction sliding --loops 1,2", "sliding"),
+    ("middle blocks, 1: a hybrid, N = 1", None, "--layout asas --t 5 --loops 1", "middle"),
+    *((f"2: its middle blocks, N = {n}", None,
        f"--layout asas --t 5 --loop_blocks 1:3 --loops {n} --init out/middle", f"middle-N{n}")
       for n in (1, 2)),
-    *((f"grafted, {step}, N = {n}", f"{options} --loops {n} --t 4", f"{name}-N{n}")
-      for step, name, options in (
-          ("1: attention only", "looped",
-           "--layout aa --window 26 --eviction none --sleep_at wake --no-carry_S"),
-          ("2: the new SSM block alone", "grafted",
-           "--layout ama --init out/looped --train new --steps 400"),
-          ("3: everything, sliding window", "ouro",
+    *((f"grafted, {step}, N = {n}", variant, f"{options} --loops {n}", f"{name}-N{n}")
+      for step, name, variant, options in (
+          ("1: attention only", "looped", "awake", "--layout aa --window 26 --eviction none"),
+          ("2: the new SSM block alone", "grafted", "graft",
+           "--layout ama --init out/looped --steps 400"),
+          ("3: everything, sliding window", "ouro", None,
            "--layout ama --init out/grafted --eviction sliding"))
       for n in (1, 2))]
 
@@ -125,7 +117,12 @@ T32_POSITION = "window-position/t32-2B/N*.jsonl"
 T32 = f"{PAPER} --t 32"
 PAPERS_T32 = "after 4 to 5 billion tokens N = 1 about 10, N = 2 about 20, N = 3 and 4 above 30"
 
-# table -> its rows: experiment, what the paper has, options of train.py, logs
+
+def command(variant: str | None, options: str) -> str:
+    return f"{VARIANT} {variant} {options}" if variant else options
+
+
+# table -> its rows: experiment, what the paper has, command (train.py's options alone), logs
 TABLES = {
     "laptop": [("Rule 110, every option at its default", "-", "--t 4", "laptop/seed*.jsonl")],
     "settings": [
@@ -143,24 +140,24 @@ TABLES = {
           for billions, loops, steps, logs in T32_RUNS),
         *((f"t = 32, 512M tokens, {gpus}", "-", f"{T32} --steps 10000 --loops 1",
            f"t32/N1-short-{key}-s*.jsonl")
-          for key, gpus in (("one", "one GPU"), ("two", "two GPUs"))),
-        ("t = 8, then 12, 16, 20, 24, 28, 30, 32 (by t)", "-", f"{T32} --steps 39063 --loops 1,2,4"
-         " --curriculum 8,12,16,20,24,28,30,32 --eval_size 8192", "t32/rising-N?.jsonl")],
-    "supply": [(name, "-", f"{PAPER} {options} --t 8", f"supply/t8-{key}-s*.jsonl")
-               for key, (name, options) in SUPPLY.items()],
+          for key, gpus in (("one", "one GPU"), ("two", "two GPUs")))],
+    "supply": [(name, "-", command(variant, f"{PAPER} {options} --t 8"),
+                f"supply/t8-{key}-s*.jsonl") for key, (name, variant, options) in SUPPLY.items()],
     "worth": [*(LONGER_ROWS[t] for t in WORTH_T),
-              *((f"t = {t}: {name}", "-", f"{PAPER} {options} --t {t} --steps {steps}",
+              *((f"t = {t}: {name}", "-",
+                 command(variant, f"{PAPER} {options} --t {t} --steps {steps}"),
                  f"worth/t{t}-{key}-s*.jsonl")
-                for t in WORTH_T for key, (name, steps, options) in WORTH.items())],
-    "small": [(name, "-", f"{options} --t 4", f"small/{key}-s*.jsonl")
-              for key, (name, options) in SMALL.items()],
+                for t in WORTH_T for key, (name, variant, options, steps) in WORTH.items())],
+    "small": [(name, "-", command(variant, options), f"small/{key}-s*.jsonl")
+              for key, (name, variant, options) in SMALL.items()],
     "scarce": [
         *((f"{K:,} sequences, {steps:,} steps", "-",
            f"--loops {N} --t 4 --sequences {K} --steps {steps}",
            f"small/scarce{K}-N{N.replace(',', '')}-for{steps}-s*.jsonl") for K, N, steps in SCARCE),
         ("1,600 sequences, 1,600 steps, eight blocks", "-", "--loops 1 --t 4 --sequences 1600 "
          "--steps 1600 --layout asasasas", "small/scarce1600-blocks8-for1600-s*.jsonl")],
-    "recipes": [(name, "-", options, f"small/{key}-s*.jsonl") for name, options, key in RECIPES],
+    "recipes": [(name, "-", command(variant, options), f"small/{key}-s*.jsonl")
+                for name, variant, options, key in RECIPES],
     "depo": [
         ("rate 4e-3 (Fig. 3)", "N = 1 little from k = 4 on, N = 2 stalls from 8",
          f"{NODES8} --muon_lr 4e-3 --steps 6000 --loops 1,2,4", DEPO),
@@ -187,7 +184,7 @@ TABLES = {
     "position": [
         *((f"t = {t} (Fig. 2a)", f"N = 1 {paper}", f"{WINDOW} --loops 1,2,4 --t {t}",
            f"window-position/fig2a/t{t}-s*.jsonl") for t, paper in FIG2A.items()),
-        *((f"t = {t}, eight heads", "-", f"{PAPER} --position window --loops 1,4 --t {t}",
+        *((f"t = {t}, eight heads", "-", f"{VARIANT} position {PAPER} --loops 1,4 --t {t}",
            f"window-position/heads8/t{t}-s*.jsonl") for t in (10, 12)),
         *((f"t = {t}, two blocks", "-", f"{WINDOW} --layout as --loops 1,2,4 --t {t}",
            f"window-position/two-blocks/t{t}-s*.jsonl") for t in (8, 10)),
@@ -211,31 +208,47 @@ class Log(NamedTuple):
 def read(pattern: str) -> list[Log]:
     logs = []
     for path in sorted(HERE.glob(pattern)):
-        header, *records = map(json.loads, path.read_text().splitlines())
+        header, *records = map(json.loads, path.read_text("utf-8").splitlines())
         last = {record.get("loops"): record for record in records}
         logs.append(Log(path.name, header, records, last))
     return logs
+
+
+def variant_of(config: dict) -> str | None:
+    """The variant of a run, as its log says; in older logs variants were options."""
+    if "variant" in config:
+        return config["variant"]
+    awake = config.get("sleep_at") == "wake"
+    had = {"position": config.get("position", "window") == "window", "awake": awake,
+           "embed": config.get("carry") == "embed",
+           "reset_S": not config.get("carry_S", True) and not awake,
+           "graft": config.get("train") == "new"}
+    return "+".join(name for name in had if had[name]) or None
 
 
 @cache
 def experiment(pattern: str) -> tuple[list[int], list[Log]]:
     """The N and the logs of a row. Exits in one line if they are not what its command makes."""
     row, _, arguments, _ = ROWS[pattern]
+    given, variant = arguments.split(), None
+    if given[:1] == [VARIANT]:
+        _, variant, *given = given
     parser, logs = train.get_parser(), read(pattern)
     default = vars(parser.parse_args([]))
-    options = train.parse(parser, arguments.split())
+    options = train.parse(parser, given)
     task, _ = train.build(options | {"dtype": "float32"})
     for values, of in ((options, task), (default, type(task)())):
-        values |= {name: getattr(of, name) for name in train.TASK_OPTIONS if hasattr(of, name)}
+        values |= {name: getattr(of, name) for name in of.options}
     wrong = [] if logs else ["there is no such log"]
     for log in logs:
-        had = default | OLD | log.header["config"]
+        had = default | log.header["config"]
+        if variant_of(log.header["config"]) != variant:
+            wrong.append(f"{log.name} is of variant {variant_of(log.header['config'])}, "
+                         f"not {variant}")
         wrong += [f"{log.name} has {name} {had[name]}, not {value}"
                   for name, value in options.items()
                   if name not in FREE and value not in ("auto", had[name])]
-        patch = {f"{knob}={value}" for knob, value in (
-            log.header.get("patch", {}) | {name: x for name, x in log.header["config"].items()
-                                           if x is True and name not in default}).items()}
+        patch = {f"{knob}={value}" for knob, value in log.header.get("patch", {}).items()}
         wrong += [f"{log.name}: its patch and its row's name differ in {switch}"
                   for switch in patch ^ {*re.findall(r"[A-Za-z_]+=\S+", row)}]
         wrong += [f"{log.name} ends at step {record['step']} for N = {n}, not {options['steps']}"
@@ -333,10 +346,9 @@ def flops(pattern: str, n: int) -> list[float]:
     them."""
     config = config_of(pattern)
     task, model = train.build(config | {"dtype": "float32"})
-    windows, schedule = train.windows_of(task, model.config.window), config["loops_schedule"]
-    of = {N: config["batch"] * model_flops(model, windows, N) for N in schedule or [n]}
-    return [0, *accumulate(of[train.stage(schedule, step, config["steps"], n)]
-                           for step in range(config["steps"]))]
+    windows, awake = train.windows_of(task, model.config.window), variant_of(config) == "awake"
+    of_a_step = config["batch"] * model_flops(model, windows, n, awake)
+    return [of_a_step * step for step in range(config["steps"] + 1)]
 
 
 def compute(pattern: str) -> str:
@@ -349,16 +361,30 @@ def asked_table() -> str:
     """Exact accuracy of models trained with one N and asked after another number of passes: of the
     default task, and of GSM by operations."""
     rows, others = [], ["1", "2", "3", "4", "8"]
-    for key, name in ("base", "N = {}"), ("random", "N = 1, 2 or 4, drawn in each step"):
-        for n in experiment(pattern := f"small/{key}-s*.jsonl")[0]:
-            after = asked_after(pattern, n)
-            rows.append([name.format(n), *(mean_and_range(exact(after[other])) if other in after
-                                           else "-" for other in others)])
+    for n in experiment(pattern := "small/base-s*.jsonl")[0]:
+        after = asked_after(pattern, n)
+        rows.append([f"N = {n}", *(mean_and_range(exact(after[other])) for other in others)])
     after = asked_after(GSM, 4)
     rows += [[f"N = 4, GSM, {level} needed",
               *(mean_and_range(exact(after[other], level)) for other in others)]
              for level in "1234"]
     return table(" | ".join(["trained with", *(f"asked after {n}" for n in others)]), rows)
+
+
+def coin_table() -> str:
+    """Training tokens, in millions, until 90 % of the held-out sequences are exact: the median of
+    the seeds, the fewest and the most, and how many times the fewest the most are."""
+    runs, rows = [json.loads(x) for x in (HERE / "coin.jsonl").read_text("utf-8").splitlines()], []
+    for setting in dict.fromkeys(run["setting"] for run in runs):
+        cells = []
+        for n in (1, 2, 4):
+            x = [run["tokens_to"]["90"] / 1e6 for run in runs
+                 if (run["setting"], run["loops"]) == (setting, n)]
+            cells.append("{:.1f} [{:.1f}, {:.1f}] {:.2f}".format(
+                np.median(x), min(x), max(x), max(x) / min(x))
+                + f" ({len(x)} seeds)" * (len(x) != 5) if x else "-")
+        rows.append([setting, *cells])
+    return table("setting | N = 1 | N = 2 | N = 4", rows)
 
 
 def dream_table() -> str:
@@ -412,8 +438,8 @@ def several_table() -> str:
 
 def filled(text: str) -> str:
     """results/README.md with every table as the logs have it."""
-    head = ("experiment | paper | `python train.py` ... | exact, % | floor | seeds | tokens | "
-            "minutes | commit | logs")
+    head = ("experiment | paper | command: `python train.py` ... | exact, % | floor | seeds | "
+            "tokens | minutes | commit | logs")
     made = {}
     for name, of in TABLES.items():
         columns, rows = head, [row_of(*row) for row in of]
@@ -425,7 +451,8 @@ def filled(text: str) -> str:
         made[name] = table(columns, rows)
     for name in BY_LEVEL:
         made[name] += f"\n\n{level_table(name)}"
-    made |= {"asked": asked_table(), "dream": dream_table(), "speed": speed_tables(),
+    made |= {"asked": asked_table(), "coin": coin_table(), "dream": dream_table(),
+             "speed": speed_tables(),
              "several": several_table()}
     block = re.compile(r"^<!-- table: (.*) -->\n(?:.*\n)*?<!-- end -->$", re.M)
     agree("results/README.md: table", block.findall(text), "results/render.py", [*made])
@@ -437,7 +464,7 @@ def tags() -> dict[str, str]:
     """Every tag in the code and its place: {"Eq. (2)": "model.py:121"}. It ends its statement."""
     found = [(match[1], f"{name}:{number}")
              for name in ("sleep.py", "model.py", "data.py", "train.py")
-             for number, line in enumerate((ROOT / name).read_text().splitlines(), 1)
+             for number, line in enumerate((ROOT / name).read_text("utf-8").splitlines(), 1)
              if (match := re.search(rf"\S.*# ((?:{KINDS})\S* .*)$", line))]
     for tag, place in found:
         if places := [other for name, other in found if name == tag and other != place]:
@@ -465,7 +492,8 @@ def agree(place: str, there: list[str], source: str, wanted: list[str]):
 def rendered() -> dict[Path, str]:
     """Each file that is made, in part, from logs and code -> the text that it should have."""
     lesson, results = ROOT / "README.md", HERE / "README.md"
-    return dict(zip((lesson, results), placed(lesson.read_text(), filled(results.read_text()))))
+    texts = placed(lesson.read_text("utf-8"), filled(results.read_text("utf-8")))
+    return dict(zip((lesson, results), texts))
 
 
 # -------------------------------------------------------------------------------------- the figures
@@ -583,11 +611,11 @@ def worth(figure):
     """Ways to spend compute: means over seeds against training FLOPs and tokens in the course of
     training, and a dot for each seed at its end against parameters."""
     figure.set_size_inches(7, 4.6)
-    styles = {"tokens": "--", "blocks8": "-.", "blocks16": ":", "awake": ":", "rising": "--"}
+    styles = {"tokens": "--", "blocks8": "-.", "blocks16": ":", "awake": ":"}
     for row, t in zip(figure.subplots(2, 3, sharey=True, sharex="col"), WORTH_T):
         runs = [(f"N = {n}", LONGER_ROWS[t][-1], n, "-") for n in (1, 2, 4)]
         runs += [(name, f"worth/t{t}-{key}-s*.jsonl", int(options[-1]), styles[key])
-                 for key, (name, _, options) in WORTH.items()]
+                 for key, (name, _, options, _) in WORTH.items()]
         for name, pattern, n, style in runs:
             tokens, cost, seeds = spent(pattern, n)
             y = np.mean(seeds, axis=1)
@@ -630,7 +658,7 @@ def small(figure):
         axis.plot([], [], "o", ms=4, color=COLOURS[n], label=f"N = {n}")
     axis.axvline(100 * ends("small/base-s*.jsonl", 1)[0]["floor"], **FLOOR, label="floor")
     axis.set(xlabel="exact, %", xlim=(0, 102), yticks=range(len(SMALL)), ylim=(len(SMALL), -1))
-    axis.set_yticklabels([name for name, _ in SMALL.values()], fontsize=8)
+    axis.set_yticklabels([name for name, *_ in SMALL.values()], fontsize=8)
     outside(axis)
 
 
@@ -801,12 +829,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true",
                         help="write nothing; print what would change, and exit with 1 if it would")
     check = parser.parse_args(argv).check
-    stale = {path: text for path, text in rendered().items() if path.read_text() != text}
+    stale = {path: text for path, text in rendered().items() if path.read_text("utf-8") != text}
     for path, text in stale.items():
         if check:
             name = str(path.relative_to(ROOT))
+            before = path.read_text("utf-8").splitlines()
             print("\n".join(difflib.unified_diff(
-                path.read_text().splitlines(), text.splitlines(), name, name, n=0, lineterm="")))
+                before, text.splitlines(), name, name, n=0, lineterm="")))
         else:
             train.write(path, text.encode())
     if check:
