@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sleep import IGNORE
 
-HELD_OUT = 8   # one instance in so many is held out
-FLOOR = 3      # the stream of random numbers that floors are counted on
+HELD_OUT = 8                  # one instance in so many is held out
+TRAIN, EVAL, FLOOR = 0, 1, 3  # streams of random numbers
 SPLITS = {"train": False, "held-out": True}
 
 
@@ -54,8 +54,8 @@ def in_held_out(integers: Tensor) -> Tensor:
 
 
 def sample(count: int, draw, split: str, device, key=lambda instances, rows: instances) -> Tensor:
-    """`count` instances of a split: draw(rows) makes them for these rows (n,), and again for those
-    of the other split. key(instances, rows) -> integers (n, size), what `in_held_out` is to see."""
+    """`count` instances of a split: draw(rows) makes those of some rows (n,), and is called again
+    for rows of the other split. key(instances, rows) -> integers (n, size) for `in_held_out`."""
     rows = torch.arange(count, device=device)
     instances = draw(rows)
     while True:
@@ -85,8 +85,8 @@ class Task:
     an attribute for each option, and
 
         window, length  L, the tokens between two evictions, and T, those of every sequence
-        scored_from     no target before this place is scored, and at least one is from it on; to
-                        stream, all of them must be in the last window
+        scored_from     the first place that may be scored; in every sequence one from it on must
+                        be. To be read as a stream, all must be in the last window
 
     It defines batch(batch_size, random, split, level) -> tokens, targets: int64 (B, T) on the
     device of `random`, where all that is drawn comes from. Targets are IGNORE where not scored."""
@@ -105,7 +105,7 @@ class Task:
 
     def show(self) -> str:
         """One worked example: the tokens as the model reads them, and how the answers arise."""
-        example = self.batch(1, generator(0, 0), level=self.levels[-1])
+        example = self.batch(1, generator(0, TRAIN), level=self.levels[-1])
         tokens, targets = (x[0].tolist() for x in example)
         words = [self.words[x] for x in tokens]
         rows = {"window": [str(i // self.window + 1) for i in range(self.length)], "tokens": words,

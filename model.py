@@ -27,7 +27,7 @@ class Cache(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """Short-term memory of an SSM block: the last inputs of its short convolution."""
+    """Short-term memory of an SSM block: the latest inputs of its short convolution."""
     x: Tensor  # (B, 3, 3 d)
 
 
@@ -61,7 +61,7 @@ class Config:
         check_config(self)
 
     @property
-    def core(self) -> tuple[int, int]:
+    def looped(self) -> tuple[int, int]:
         """i, j: the blocks i to j - 1 are looped."""
         i, j = self.loop_blocks or (0, len(self.layout))
         return i, j
@@ -227,8 +227,8 @@ def short_convolution(x: Tensor, w: Tensor, n_head: int) -> Tensor:
 class ShortConv(nn.Module):
     """`short_convolution` with a memory: x (B, L, 3 d), tail -> q, k, v (B, L, 3, H, K), new tail.
 
-    The tail, the 3 inputs before these, is short-term memory. Like keys and values it is evicted
-    after the window, and each pass asleep makes it anew."""
+    The tail, the 3 inputs before these, is short-term memory. A hard eviction drops it with the
+    keys and values, and each pass asleep makes it anew."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -240,11 +240,11 @@ class ShortConv(nn.Module):
         x = x if tail is None else torch.cat([tail.x, x], dim=1)
         qkv, tail = prepare(x, self.weight, self.n_head), x[:, -3:]
         tail = Tail(F.pad(tail, (0, 0, 3 - tail.shape[1], 0)).clone())
-        return (qkv if x.shape[1] == L else qkv[:, -L:]), tail
+        return qkv[:, -L:], tail
 
 
 class GatedDeltaNet(nn.Module):
-    """x (B, L, d), its convolution's tail and S -> output (B, L, d), the new tail and the new S."""
+    """The SSM mixer, of any rule: x (B, L, d), tail, S -> output (B, L, d), new tail, new S."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -336,16 +336,16 @@ class Hybrid(nn.Module):
 
     def prelude(self, h: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """The blocks before the looped ones: h (B, L, d), memory -> the same after them."""
-        return self.blocks(h, memory, 0, self.config.core[0])
+        return self.blocks(h, memory, 0, self.config.looped[0])
 
     def core(self, h: Tensor, memory: Memory, need_h: bool = True) -> tuple[Tensor | None, Memory]:
         """One pass over the looped blocks. need_h = False: the h after it may be None."""
-        i, j = self.config.core
+        i, j = self.config.looped
         return self.blocks(h, memory, i, j, need_h or j < len(self.layers))
 
     def coda(self, h: Tensor, memory: Memory, need_h: bool = True) -> tuple[Tensor | None, Memory]:
         """The blocks after the looped ones."""
-        return self.blocks(h, memory, self.config.core[1], len(self.layers), need_h)
+        return self.blocks(h, memory, self.config.looped[1], len(self.layers), need_h)
 
     def blocks(self, h: Tensor | None, memory: Memory, start: int, stop: int,
                need_h: bool = True) -> tuple[Tensor | None, Memory]:
@@ -368,7 +368,7 @@ CHOICES = {"dtype": ("float32", "bfloat16", "float64"), "rule": RULES,
 
 def check_config(c: Config):
     """Raises ValueError, one line that begins with the field, if a shape is impossible."""
-    i, j = c.core
+    i, j = c.looped
     for name, possible, must in (
             ("layout", c.layout and not set(c.layout) - set("asm"), "be letters a (attention), "
              "s (SSM) and m (SSM without MLP), one a block, such as asas"),
@@ -407,7 +407,7 @@ PIECE = 32  # tokens that go through a rule at once: its work grows with their s
 
 
 def update(rule: str, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
-    """RULES[rule] in the layers' layout, a long window in pieces, which changes nothing.
+    """RULES[rule] with the modules' order of axes, a long window in pieces, which changes nothing.
 
     qkv (B, L, 3, H, K), log_alpha, beta (B, L, H), S (B, H, V, K) -> o (B, L, H, V) and the S after
     the window. Raises ValueError if the sizes do not match.
@@ -429,7 +429,7 @@ def update(rule: str, qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
 
 
 def plain_form(rule):
-    """A rule in the layers' layout, and in the dtype of S: a triangular solve takes no other."""
+    """A rule with the modules' order of axes, in the dtype of S: the solve takes no lower one."""
     def run(qkv: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor):
         q, k, v = (x.to(S.dtype).transpose(1, 2).contiguous() for x in qkv.unbind(2))
         with torch.autocast(S.device.type, enabled=False):
@@ -439,7 +439,7 @@ def plain_form(rule):
 
 
 def attend(qkv: Tensor, cache: Cache | None, span: int | None) -> tuple[Tensor, Cache]:
-    """`attention` in the layers' layout, q and k normed; by a kernel where nothing is cached yet.
+    """`attention` with the modules' order of axes, of normed q and k; by a kernel if C is 0.
 
     qkv (B, L, 3, H, K) -> o (B, L, H, V) and the cache grown by L.
     """

@@ -1,11 +1,11 @@
 """Language models need sleep (arXiv 2605.26099): the sleep loop, Algorithm 1, reading as a stream.
 
 A hybrid of attention and SSM blocks has two memories. The *cache* is short-term: the keys and
-values of attention and the last inputs of the SSM blocks' convolutions. It grows with every token,
-and it is evicted every L tokens. The *fast weights* S of the SSM blocks are long-term: their size
-is fixed, and they survive. Just before the cache goes, the model sleeps: it runs N passes over the
-window it still remembers, and each pass refines S. Nothing else changes: answering later is one
-ordinary forward pass. N = 1 is the plain hybrid, and no special case below.
+values of attention and the latest inputs of the SSM blocks' convolutions. It grows with every
+token, and it is evicted every L tokens. The *fast weights* S of the SSM blocks are long-term: their
+size is fixed, and they survive. Just before the cache goes, the model sleeps: it runs N passes over
+the window it still remembers, and each pass refines S. Nothing else changes: answering later is one
+ordinary forward pass. N = 1 is the plain hybrid; the code has no special case for it.
 
 Letters, here and in model.py (the code's name in parentheses where it differs):
     B  batch                          d  width (d_model)                N  passes asleep (loops)
@@ -27,12 +27,12 @@ IGNORE = -100  # the target of a token that is not scored, as F.cross_entropy ha
 
 def passes(model: Hybrid, tokens: Tensor, memory: Memory, loops: int, *,
            need_h: bool = True) -> tuple[Tensor | None, Memory]:
-    """N = loops passes over one window: tokens (B, L) -> h (B, L, d), the memory after the last.
+    """N = loops passes over one window: tokens (B, L) -> h (B, L, d), memory after the final pass.
 
     memory is what held before the window. h and S go on from pass to pass. Each pass makes the
     window's keys and values anew and reads them beside those kept from earlier windows. The prelude
     and the coda are blocks that run once; by default there are none, and the core is all blocks.
-    need_h = False: nobody needs the last h, so that the last block may leave it out; it is None.
+    need_h = False: nobody needs the final h, so that the last block leaves it out; it is None.
     Raises ValueError if loops is no whole number from 1 on.
     """
     check_loops(loops)
@@ -73,7 +73,7 @@ def evict(memory: Memory, keep: int | None = 0) -> Memory:
     """Drop all but the latest `keep` tokens from the cache; None: drop nothing.
 
     0 is hard eviction: only S remains. L - 1 is the sliding window: the next pass sees those tokens
-    beside its own L, and the convolutions keep their last inputs.
+    beside its own L, and the convolutions keep their latest inputs.
     """
     if keep is None:
         return memory
@@ -108,7 +108,7 @@ def algorithm1(model: Hybrid, tokens: Tensor, targets: Tensor, loops: int,
 
     tokens, targets (B, T), targets IGNORE where not scored; windows = cut(targets, L), once for all
     batches. Returns the mean cross-entropy of the scored tokens, and for the P tokens of all
-    prediction windows the logits (B, P, vocabulary) and targets (B, P). Backpropagation goes
+    prediction windows the logits (B, P, vocabulary) and the targets (B, P). Backpropagation goes
     through everything. Raises ValueError if the sizes do not match or nothing is scored.
     """
     if not tokens.numel() or tokens.shape != targets.shape:
@@ -173,7 +173,7 @@ class Stream:
         return logits[:, -1]
 
     def bytes(self) -> dict[str, int]:
-        """Bytes held between two tokens, by the provisional memory and the one at the start."""
+        """Bytes held between two tokens: both memories' cache and S, and the window's tokens."""
         held = [self.start] if self.memory is self.start else [self.start, self.memory]
         return {"cache": sum(memory.bytes()["cache"] for memory in held),
                 "S": sum(memory.bytes()["S"] for memory in held),

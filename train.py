@@ -37,13 +37,14 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import TASKS, Task, floor, generator
+from data import EVAL, TASKS, TRAIN, Task, floor, generator
 from model import CHOICES, Config, Hybrid
 from sleep import IGNORE, Window, algorithm1, cut
 
-TRAIN, EVAL = 0, 1  # streams of random numbers
-CHUNK = 64          # training batches drawn in one call
-CHECK_EVERY = 10    # steps between looks at the loss, each of which waits for the device
+CHUNK = 64        # training batches drawn in one call
+CHECK_EVERY = 10  # steps between looks at the loss, each of which waits for the device
+TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()  # it started us
+RANK, RANKS = (int(os.environ[x]) if TORCHRUN else n for x, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 # --------------------------------------------------------------------------------------- optimizers
@@ -95,10 +96,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: Hybrid, muon_lr: float, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest."""
+    """Muon for the matrices of the blocks, AdamW for the rest. Rates live in tensors, where a
+    recorded step reads them."""
     matrices = [p for p in model.layers.parameters() if p.requires_grad and p.ndim == 3]
     taken = set(matrices)
     rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
+    muon_lr, lr = (torch.tensor(x, device=rest[0].device) for x in (muon_lr, lr))
     return [Muon(matrices, lr=muon_lr),
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True,
                               capturable=rest[0].is_cuda)]
@@ -110,7 +113,7 @@ def lr_factor(step: int, steps: int) -> float:
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], options: argparse.Namespace, factor: float):
-    """Both rates, times the factor, in tensors: a recorded step reads them there."""
+    """Both rates, times the factor."""
     for optimizer, rate in zip(optimizers, (options.muon_lr, options.lr)):
         for group in optimizer.param_groups:
             group["lr"].fill_(rate * factor)
@@ -135,7 +138,7 @@ def training_step(model: Hybrid, optimizers: list[torch.optim.Optimizer], loops:
 
 def batches(task: Task, options: argparse.Namespace, step: int):
     """Endless training batches (tokens, targets) from `step` on; each depends on seed and step."""
-    period = options.sequences // options.batch if options.sequences else MOST
+    period = options.sequences // options.batch if options.sequences else sys.maxsize
     while True:
         chunk, first = divmod(step % period, CHUNK)
         last = min(CHUNK, period - chunk * CHUNK)
@@ -158,17 +161,18 @@ def evaluate(model: Hybrid, tokens: Tensor, targets: Tensor, loops: int, windows
 
 
 def draw_held_out(task: Task, options: argparse.Namespace) -> dict:
-    """What every evaluation is on, by level: tokens, targets and the floor."""
+    """Draws what every evaluation uses: level -> tokens, targets and the floor."""
     size = -(-options.eval_size // len(task.levels))
     return {level: (*task.batch(size, generator(0, EVAL, i, options.device), "held-out", level),
                     floor(task, level))
-            for i, level in enumerate(tqdm(task.levels, "held-out", disable=None, leave=False))}
+            for i, level in enumerate(tqdm(task.levels, "held-out", leave=False,
+                                           disable=bool(RANK) or None))}
 
 
 def evaluate_levels(model: Hybrid, held_out: dict, loops: int, windows: list[Window]) -> dict:
     """The means over the task's levels, and, where there are several, each level by itself."""
-    levels = {level: {**evaluate(model, *data, loops, windows), "floor": guessed}
-              for level, (*data, guessed) in held_out.items()}
+    levels = {level: {**evaluate(model, *data, loops, windows), "floor": share}
+              for level, (*data, share) in held_out.items()}
     means = {name: sum(scores[name] for scores in levels.values()) / len(levels)
              for name in ("loss", "bit", "exact", "floor")}
     return means if len(levels) == 1 else {**means, "levels": levels}
@@ -184,7 +188,7 @@ def seen(task: Task, options: argparse.Namespace, size: int) -> list[Tensor]:
 
 
 def evaluation(run: "Run", held_out: dict) -> dict:
-    """What the log says of this step. At the last step also of other numbers of passes, and of the
+    """What the log says of this step. At the last step it adds other numbers of passes and the
     first sequences trained on."""
     options, last, more = run.options, run.step == run.options.steps, {}
     with uncompiled(options.fast):
@@ -199,7 +203,7 @@ def evaluation(run: "Run", held_out: dict) -> dict:
             more |= {"seen": again} if math.isfinite(again["loss"]) else {}
     tokens = run.step * options.batch * run.task.length
     return {"loops": run.loops, "step": run.step, "tokens": tokens,
-            "token_passes": run.step * options.batch * run.passes, "train_loss": run.train_loss,
+            "token_passes": run.step * options.batch * run.cost, "train_loss": run.train_loss,
             **scores, "seconds": round(time.monotonic() - run.began, 2), **more}
 
 
@@ -213,15 +217,16 @@ def windows_of(task: Task, length: int) -> list[Window]:
 
 
 def passes_over(windows: list[Window], loops: int, config: Config) -> float:
-    """Tokens times passes over all blocks, in one sequence: what N costs."""
-    i, j = config.core
+    """What N costs: the token passes of one sequence. A token counts once where it is read awake,
+    and asleep once for each pass over all blocks; a pass over some counts as their share."""
+    i, j = config.looped
     asleep = 1 + (loops - 1) * (j - i) / len(config.layout)
     return sum((stop - start) * (1 if scored else asleep) for start, stop, scored in windows)
 
 
 def train_model(run: "Run", held_out: dict, stop: threading.Event) -> list[dict]:
-    """Train to the last step -> all evaluations. Raises Halt once `stop` is set, when the step in
-    progress is done and saved, and at a loss or gradient that is not finite, without saving."""
+    """Train to the last step -> all evaluations. Once `stop` is set it saves after the step in
+    progress and raises Halt. It also does, without saving, if a loss or gradient is not finite."""
     options, tokens = run.options, run.options.batch * run.task.length  # tokens of a step
     step = recorded(partial(training_step, run.model, run.optimizers, run.loops, run.windows),
                     run.model, options.fast)
@@ -238,7 +243,7 @@ def train_model(run: "Run", held_out: dict, stop: threading.Event) -> list[dict]
                 return run.records
             if stop.is_set():
                 run.save()
-                raise Halt(130, f"saved; go on with: python {program()} --resume "
+                raise Halt(130, f"saved; go on with: python {program(VARIANT)} --resume "
                                 + shlex.quote(str(run.folder)))
             set_rates(run.optimizers, options, lr_factor(run.step, options.steps))
             losses.append(step(*next(data)))
@@ -254,8 +259,8 @@ def train_all(argv: list[str]):
         task, model = build(vars(options))
         print_facts(options, folder, header, task, model)
         held_out, log = draw_held_out(task, options), []
-        guessed = sum(earned for *_, earned in held_out.values()) / len(held_out)
-        print(f"floor   always the same answer is {guessed:.2%} exact: the floor", flush=True)
+        share = sum(share for *_, share in held_out.values()) / len(held_out)
+        print(f"floor   always the same answer is {share:.2%} exact: the floor", flush=True)
         with gentle_signals() as stop:
             for loops in options.loops:
                 log += train_model(Run(loops, options, folder, header, log), held_out, stop)
@@ -287,7 +292,7 @@ def print_table(log: list[dict]):
 
 # ========================================================================= what a run needs besides
 
-# Options, a run's folder, recording, several processes, signals: no line of it is about sleep.
+# Options, a run's folder and checkpoints, a fast step, several processes, early endings.
 
 VARIANT = None    # the name of a variant, while results/variants.py trains it
 MOST = 2**31 - 1  # as an option's value
@@ -295,8 +300,6 @@ LONG = 8e14       # parameters x token passes of a run that earns compiling
 PAPER = {"layout": "asas", "d_model": 256, "n_head": 8, "cells": 24, "states": 4, "batch": 512,
          "steps": 782, "muon_lr": 4e-3}
 LEFT_OUT = "out", "resume", "paper"  # of a run's configuration
-TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()
-RANK, RANKS = (int(os.environ[x]) if TORCHRUN else n for x, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -331,7 +334,7 @@ counts = checked(lambda text: [*map(int, text.split(","))],
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog=program(), allow_abbrev=False,
+    p = Parser(prog=program(VARIANT), allow_abbrev=False,
                description=(__doc__ or "").split("\n\n")[0],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.set_defaults(variant=VARIANT)
@@ -387,7 +390,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--fast", choices=["auto", "eager", "graph", "compile"], default="auto",
         help="eager: a step as written; graph: on cuda, record it once and replay it; compile: "
              "compile its blocks as well, which takes half a minute. auto: by device and length")
-    add("--out", type=Path, metavar="DIR", help="folder of the run; None: a new one under out/")
+    add("--out", type=Path, metavar="DIR", help="folder of the run; None: a new one "
+        "under out/. The same command goes on with a run that is there")
     add("--resume", type=Path, metavar="DIR",
         help="go on with the run in DIR, with its options; takes no other option")
     return p
@@ -523,9 +527,8 @@ def locked(folder: Path):
         os.close(handle)
 
 
-def program(variant: str | None = None) -> str:
+def program(variant: str | None) -> str:
     """What a command line begins with, after "python"."""
-    variant = variant or VARIANT
     return f"results/variants.py {variant}" if variant else "train.py"
 
 
@@ -577,8 +580,8 @@ def read_header(parser: Parser, option: str, folder: Path) -> dict:
 def refuse_variant(config: dict, source: str):
     """Raises Halt if a run or a checkpoint is of another variant than what runs."""
     if config["variant"] != VARIANT:
-        raise Halt(2, f"error: {source}: is not of {program()}; it takes "
-                      f"python {program(config['variant']) if config['variant'] else 'train.py'}")
+        raise Halt(2, f"error: {source}: is not of {program(VARIANT)}; it takes "
+                      f"python {program(config['variant'])}")
 
 
 @contextlib.contextmanager
@@ -639,7 +642,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
     settle(parser, options)
     if options["init"] is not None and not (out and (out / "log.jsonl").exists()):
         load_init(options, build(options)[1])
-    header = make_header(argv, options, program())
+    header = make_header(argv, options, program(VARIANT))
     try:
         out = out or new_folder(options["task"])
         out.mkdir(parents=True, exist_ok=True)
@@ -665,7 +668,7 @@ class Run:
         self.header, self.log = header, log
         self.task, self.model = build(vars(options))
         self.windows = windows_of(self.task, self.model.config.window)
-        self.passes = passes_over(self.windows, loops, self.model.config)  # of a sequence's tokens
+        self.cost = passes_over(self.windows, loops, self.model.config)
         self.model.to(options.device)
         self.optimizers = make_optimizers(self.model, options.muon_lr, options.lr)
         self.step, self.records, self.train_loss = 0, [], None
@@ -675,9 +678,6 @@ class Run:
                 self.restore()
         elif options.init is not None:
             load_init(vars(options), self.model)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = torch.zeros((), device=options.device)
 
     def restore(self):
         saved = torch.load(self.checkpoint, map_location=self.options.device, weights_only=True)
@@ -708,7 +708,7 @@ class Run:
         return due and not (self.records and self.records[-1]["step"] == self.step)
 
     def keep(self, record: dict):
-        """Prints and saves an evaluation."""
+        """Saves an evaluation, and prints it."""
         if not math.isfinite(record["loss"]):
             self.diverged(self.step)
         self.records.append(record)
@@ -736,7 +736,7 @@ class Run:
 def recorded(step, model: Hybrid, fast: str):
     """The training step, as fast as --fast asks."""
     if fast == "compile":
-        torch._dynamo.config.recompile_limit = 64  # of forms a block takes: kind, L, what is needed
+        torch._dynamo.config.recompile_limit = 64  # of forms a block takes: kind, L, need_h
         for block in model.layers:  # blocks of one kind and one L share what is compiled
             block.compile(dynamic=False)
     return step if fast == "eager" else capture(step)
@@ -878,7 +878,7 @@ def in_one_line(name: str, function, *arguments) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return in_one_line(program(), train_all, sys.argv[1:] if argv is None else argv)
+    return in_one_line(program(VARIANT), train_all, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

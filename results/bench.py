@@ -33,7 +33,7 @@ def model_flops(model: Hybrid, windows: list[Window], loops: int, awake: bool = 
     only has to write S. Not counted: keys of earlier windows, what is no product, the optimizers.
     awake: the N passes are spent in the scored windows, as by the variant of that name.
     """
-    c, (i, j), total = model.config, model.config.core, 0
+    c, (i, j), total = model.config, model.config.looped, 0
     for b, (kind, block) in enumerate(zip(c.layout, model.layers)):
         matrices = sum(p.numel() for p in block.parameters() if p.ndim == 3)
         for start, stop, scored in windows:

@@ -72,21 +72,22 @@ def night(argv: list[str]):
 
     def at_the_end(memory: Memory, later) -> str:
         """What the model would answer if it slept on the later windows with all N passes."""
+        memory = evict(memory, keep)
         for start, stop, _ in later:
-            memory = evict(sleep(model, tokens[:, start:stop], evict(memory, keep), loops), keep)
-        return answers(wake(model, tokens[:, asked:], evict(memory, keep))[0])
+            memory = evict(sleep(model, tokens[:, start:stop], memory, loops), keep)
+        return answers(wake(model, tokens[:, asked:], memory)[0])
 
     print(f"run       {path}, N = {loops}\ntask      {task.title()}")
     for number, (start, stop, scored) in enumerate(windows, 1):
-        here, begun, line = tokens[:, start:stop], stream.start, min(8, -(-L // 4))
+        here, begun, width = tokens[:, start:stop], stream.start, min(8, -(-L // 4))  # of a line
         for i, token in enumerate(here.T, 1):
             logits.append(stream.feed(token))
-            if i % line == 0 or i == stop - start:
+            if i % width == 0 or i == stop - start:
                 memory = stream.memory
-                if i == L:  # as it was before the sleep
+                if i == L:  # the stream has slept already: read again, to show what it held
                     memory = wake(model, here, begun)[1]
                     memory = memory if keep == 0 else evict(memory, keep)
-                words = " ".join(task.words[x] for x in here[0, (i - 1) // line * line:i])
+                words = " ".join(task.words[x] for x in here[0, (i - 1) // width * width:i])
                 print(f"window {number}  reads {words} -> {held(memory)}")
         if scored:
             break

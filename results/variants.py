@@ -1,8 +1,9 @@
-"""Doubts about the paper, each a change of one function: python results/variants.py NAME [OPTIONS]
+"""Doubts about the paper, each in a few lines: python results/variants.py NAME [OPTIONS]
 
-OPTIONS are train.py's; a variant trains, logs, goes on with --resume and shows its table like
-train.py. Two at once: embed+position. To try an idea of your own, copy a variant: it says what it
-replaces as (module, name, new). Each docstring names its doubt, and where the answer stands.
+A variant replaces a function or a class of ours and then trains, logs, goes on with --resume and
+shows its table like train.py, whose OPTIONS it takes. Join several with +: embed+position. To try
+an idea of your own, copy a variant: it returns what it replaces as (module, name, new). The
+docstrings name each doubt, and where its answer stands.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def position():
 
 
 def embed():
-    """Every pass starts from the embedding, not from the h of the last one.
+    """Every pass starts from the embedding, not from the h of the pass before.
     Doubt: is it S or h that passes refine? results/README.md#what-the-passes-supply"""
     def passes(model, tokens, memory, loops, *, need_h=True):
         first, memory = model.prelude(model.embed(tokens), memory)
@@ -47,7 +48,7 @@ def embed():
 
 
 def reset_S():
-    """Every pass starts from the S of the window's start, not from that of the last pass.
+    """Every pass starts from the S of the window's start, not from that of the pass before.
     Doubt: is it S or h that passes refine? results/README.md#what-the-passes-supply"""
     def passes(model, tokens, memory, loops, *, need_h=True):
         h, memory = model.prelude(model.embed(tokens), memory)
@@ -58,23 +59,25 @@ def reset_S():
 
 
 def awake():
-    """The passes are spent awake, each from the window's S: that of a pass has read the answers.
-    Doubt: must they be asleep? results/README.md#what-a-pass-is-worth"""
-    [(_, _, repeat)], N, count = reset_S(), [1], train.passes_over
+    """The N passes are spent awake, each from the S of the window's start: what a pass leaves has
+    read the answers. Doubt: must they be asleep? results/README.md#what-a-pass-is-worth"""
+    [(_, _, repeat)], count, N = reset_S(), train.passes_over, 1
 
-    def passes(model, tokens, memory, _, *, need_h=True):  # a sleep needs no h
-        return repeat(model, tokens, memory, N[0] if need_h else 1, need_h=need_h)
+    def wake(model, tokens, memory):
+        h, memory = repeat(model, tokens, memory, N)
+        return model.unembed(h), memory
 
     def algorithm1(model, tokens, targets, loops, windows=None):
-        N[0] = loops
+        nonlocal N
+        N = loops
         return sleep.algorithm1(model, tokens, targets, 1, windows)
-    return [(sleep, "passes", passes), (train, "algorithm1", algorithm1),
-            (train, "passes_over", lambda windows, loops, config: count(
-                [x._replace(scored=not x.scored) for x in windows], loops, config))]
+    return [(sleep, "wake", wake), (sleep, "passes", sleep.passes),  # it goes with no other passes
+            (train, "algorithm1", algorithm1), (train, "passes_over", lambda windows, *rest: count(
+                [x._replace(scored=not x.scored) for x in windows], *rest))]
 
 
 def last_pass():
-    """Gradients through the last pass of a sleep alone, so that memory does not grow with N.
+    """Gradients through the final pass of a sleep alone, so that memory does not grow with N.
     Doubt: must training see all passes? results/README.md#every-variant-on-the-small-task"""
     def passes(model, tokens, memory, loops, *, need_h=True):
         h, (cache, start) = model.prelude(model.embed(tokens), memory)
@@ -82,8 +85,9 @@ def last_pass():
         with torch.no_grad():
             for _ in range(loops - 1):
                 h, (_, S) = model.core(h, Memory(cache, S))
+        # The value of S is that after N - 1 passes; its gradient goes to the window's start.
         S = tuple(x if x is None else x + (y - x).detach() for x, y in zip(start, S))
-        return model.coda(*model.core(h, Memory(cache, S), need_h), need_h)  # start: into the last
+        return model.coda(*model.core(h, Memory(cache, S), need_h), need_h)
     return [(sleep, "passes", passes)]
 
 
