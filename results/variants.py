@@ -61,17 +61,16 @@ def reset_S():
 def awake():
     """The N passes are spent awake, each from the S of the window's start: what a pass leaves has
     read the answers. Doubt: must they be asleep? results/README.md#what-a-pass-is-worth"""
-    [(_, _, repeat)], count, N = reset_S(), train.passes_over, 1
+    [(_, _, repeat)], count = reset_S(), train.passes_over
 
     def wake(model, tokens, memory):
-        h, memory = repeat(model, tokens, memory, N)
+        h, memory = repeat(model, tokens, memory, wake.loops)
         return model.unembed(h), memory
 
     def algorithm1(model, tokens, targets, loops, windows=None):
-        nonlocal N
-        N = loops
+        wake.loops = loops
         return sleep.algorithm1(model, tokens, targets, 1, windows)
-    return [(sleep, "wake", wake), (sleep, "passes", sleep.passes),  # it goes with no other passes
+    return [(sleep, "wake", wake), (sleep, "passes", sleep.passes),  # no other variant's passes
             (train, "algorithm1", algorithm1), (train, "passes_over", lambda windows, *rest: count(
                 [x._replace(scored=not x.scored) for x in windows], *rest))]
 
@@ -82,10 +81,9 @@ def last_pass():
     def passes(model, tokens, memory, loops, *, need_h=True):
         h, (cache, start) = model.prelude(model.embed(tokens), memory)
         S = start
-        with torch.no_grad():
+        with torch.no_grad():  # S is then of pass N - 1 in value, of the window's start in gradient
             for _ in range(loops - 1):
                 h, (_, S) = model.core(h, Memory(cache, S))
-        # The value of S is that after N - 1 passes; its gradient goes to the window's start.
         S = tuple(x if x is None else x + (y - x).detach() for x, y in zip(start, S))
         return model.coda(*model.core(h, Memory(cache, S), need_h), need_h)
     return [(sleep, "passes", passes)]
