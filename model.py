@@ -445,7 +445,7 @@ def attend(qkv: Tensor, cache: Cache | None, span: int | None) -> tuple[Tensor, 
     """
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # each (B, H, L, K)
     L, K = qkv.shape[1], qkv.shape[4]
-    if cache is None and L <= PIECE and fits_kernels(qkv, K):
+    if cache is None and L <= min(PIECE, span or PIECE) and fits_kernels(qkv, K):
         return fused_attention(qkv, *rotation(L, K, torch.float32, qkv.device)), Cache(norm(k), v)
     o, cache = attention(norm(q), norm(k), v, cache, span)
     return o.transpose(1, 2), cache

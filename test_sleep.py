@@ -256,7 +256,9 @@ def assert_is_literal(model, tokens, targets, loops, variant=""):
 def test_sleep_py_holds_the_paper_alone():
     """Guards the reader of sleep.py, who needs model.py and nothing else of ours."""
     imported = re.findall(r"^\s*(?:from|import) (\w+)", (HERE / "sleep.py").read_text(), re.M)
-    assert {*imported} & {"results", *(path.stem for path in HERE.rglob("*.py"))} == {"model"}
+    ours = {"results", *(path.stem for folder in (HERE, HERE / "results")
+                         for path in folder.glob("*.py"))}
+    assert {*imported} & ours == {"model"}
 
 
 @pytest.mark.parametrize("layout, loops, shape", [
@@ -1157,7 +1159,8 @@ def test_threads_change_rounding_only():
         torch.manual_seed(1)
         model = hybrid("as", task.window, 64)
         optimizers = train.make_optimizers(model, 4e-3, 1e-3)
-        ends.append([train.training_step(model, optimizers, 2, windows, *batch) for _ in range(2)])
+        step = train.training_step(model, optimizers, 1, windows, *batch)
+        ends.append((step, algorithm1(model, *batch, 1, windows)[0]))  # the loss after it
     torch.set_num_threads(1)
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
 
@@ -1787,7 +1790,9 @@ def test_rates_act_inside_the_graph(fast):
     ("results/dream.py", "--steps 3", "dream.py: error: --steps 3: must be at least one for each"),
     ("results/night.py", "", "night.py: error: out: must hold a checkpoint N*.pt; python train.py "
      "makes one\n"),
-    ("results/reach.py", "1 --loops 0", "train.py: error: argument --loops: '0': must be"),
+    ("results/reach.py", "1 --loops 0", "reach.py: error: argument --loops: '0': must be"),
+    ("results/reach.py", "", "reach.py: error: the seeds must come first"),
+    ("results/reach.py", "1 --loops 1,2", "reach.py: error: --t must be one of"),
     ("results/render.py", "--all", "render.py: error: unrecognized arguments: --all"),
     *(("results/bench.py", f"--device=cpu {line}", f"bench.py: error: {says}") for line, says in (
         ("--init x", "--init: must"), ("--eval_loops 4", "--eval_loops: must"),
@@ -2081,12 +2086,12 @@ def test_reach(tmp_path, monkeypatch):
     reached in two evaluations; what was stopped goes on; a log that is there stays."""
     rates, factor, logs = [], train.lr_factor, tmp_path / "reach"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "evaluation", train.evaluation)  # after the test as before it
     monkeypatch.setattr(train, "lr_factor", lambda *x: rates.append(factor(*x)) or rates[-1])
     monkeypatch.setattr(reach, "__file__", f"{logs}.py")
     monkeypatch.setattr(reach, "PROTOCOL", {1: (6 * 512 * 10 / 1e6, 2)})  # six steps
     arguments = [*TINY, "--batch=512", "--loops=2", "--layout=aa"]
     [same] = run_of(tmp_path, "--seed=1 --steps=0 --eval_size=4096", arguments)
+    monkeypatch.setattr(train, "evaluation", lambda *x: reach.evaluation(*x))
     with monkeypatch.context() as patch:
         interrupt(patch, 6 + 3)  # the second run's third step
         assert train.in_one_line("reach.py", reach.main, ["1,2", *arguments]) == 130

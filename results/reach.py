@@ -8,6 +8,7 @@ log that is there is not made again, and a run that was stopped goes on.
 
 import gc
 import json
+import re
 import shlex
 import sys
 import time
@@ -91,21 +92,26 @@ def reach(argv: list[str], log: Path):
 
 
 def main(argv: list[str]):
-    seeds, *given = argv
-    options = train.parse(train.get_parser(), given)
-    [loops], t = options["loops"], options["t"]
+    parser = train.get_parser()
+    parser.prog = "reach.py"
+    if not re.fullmatch(r"\d+(,\d+)*", (argv or [""])[0]):
+        parser.error("the seeds must come first, whole numbers with commas between them")
+    options = train.parse(parser, argv[1:])
     task, _ = train.build(options | {"dtype": "float32"})
+    t, loops = getattr(task, "t", None), options["loops"]
+    if t not in PROTOCOL or len(loops) > 1:
+        parser.error(f"--t must be one of {', '.join(map(str, PROTOCOL))}, and --loops one N")
     millions, every = PROTOCOL[t]
     steps = round(millions * 1e6 / CONSTANT / (options["batch"] * task.length))
-    train.evaluation = evaluation
-    for seed in seeds.split(","):
-        log = Path(__file__).parent / f"reach/t{t}-N{loops}-s{seed}.jsonl"
+    for seed in argv[0].split(","):
+        log = Path(__file__).parent / f"reach/t{t}-N{loops[0]}-s{seed}.jsonl"
         log.parent.mkdir(exist_ok=True)
         if not log.exists():
-            reach([*given, f"--seed={seed}", f"--steps={steps}", f"--eval_every={every}",
+            reach([*argv[1:], f"--seed={seed}", f"--steps={steps}", f"--eval_every={every}",
                    "--eval_size=4096", f"--out=out/reach/{log.stem}"], log)
             gc.collect()  # a graph's memory goes with the graph
 
 
 if __name__ == "__main__":
+    train.evaluation = evaluation
     sys.exit(train.in_one_line("reach.py", main, sys.argv[1:]))
