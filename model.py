@@ -74,7 +74,6 @@ class Config:
 
 # -------------------------------------------------------------------------- the two sequence mixers
 
-@torch.compiler.assume_constant_result  # A fast form: what is compiled holds the angles.
 def rotation(length: int, size: int, dtype: torch.dtype, device: torch.device):
     """cos (length, 1, size / 2); -sin, sin (length, 2, size / 2) of rotary angles at 0, 1, ..."""
     frequency = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=dtype, device=device) / size)

@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import EVAL, TASKS, TRAIN, Task, floor, generator
-from model import CHOICES, Config, Hybrid
+from model import CHOICES, Config, Hybrid, rotation
 from sleep import IGNORE, Window, algorithm1, cut
 
 CHUNK = 64        # training batches drawn in one call
@@ -737,6 +737,7 @@ def recorded(step, model: Hybrid, fast: str):
     """The training step, as fast as --fast asks."""
     if fast == "compile":
         torch._dynamo.config.recompile_limit = 64  # of forms a block takes: kind, L, need_h
+        torch.compiler.assume_constant_result(rotation)  # not at the import: it takes a second
         for block in model.layers:  # blocks of one kind and one L share what is compiled
             block.compile(dynamic=False)
     return step if fast == "eager" else capture(step)
