@@ -2081,7 +2081,7 @@ def test_grafted_memories_start_as_the_identity(tmp_path, capsys):
         assert says in refused(capsys, [*TINY, "--loops=2", *options.split()], graft)
 
 
-def test_reach(tmp_path, monkeypatch):
+def test_reach(tmp_path, monkeypatch, capsys):
     """Guards results/reach.py: a constant rate until the tokens are spent, or until the level is
     reached in two evaluations; what was stopped goes on; a log that is there stays."""
     rates, factor, logs = [], train.lr_factor, tmp_path / "reach"
@@ -2095,6 +2095,7 @@ def test_reach(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 6 + 3)  # the second run's third step
         assert train.in_one_line("reach.py", reach.main, ["1,2", *arguments]) == 130
+    assert capsys.readouterr().err == "reach.py: saved; the same command goes on\n"
     first = files_in(logs)
     reach.main(["1,2", *arguments])
     assert len(first) == 1 and first.items() <= files_in(logs).items()

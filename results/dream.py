@@ -125,8 +125,6 @@ def main(argv: list[str]):
     Path(o.out).parent.mkdir(parents=True, exist_ok=True)
     Path(o.out).touch(exist_ok=False)  # never over another log
     fast, optimizers = "compile" if gpu else "eager", make_optimizers(model, o.muon_lr, o.lr)
-    for optimizer in optimizers:  # a recorded step reads its rate there
-        optimizer.param_groups[0]["lr"] = torch.zeros((), device=o.device)
     for i, N in enumerate(o.schedule, 1):
         step_of_N = recorded(partial(training_step, model, optimizers), model, fast)
         steps = range(o.steps * (i - 1) // len(o.schedule), o.steps * i // len(o.schedule))

@@ -85,7 +85,9 @@ def reach(argv: list[str], log: Path):
             train.write(log, lines.encode())
             run.checkpoint.unlink(missing_ok=True)
         except train.Halt as halt:
-            raise train.Halt(halt.code, f"{halt}, or rather with the same command") from None
+            if halt.code != 130:  # it diverged
+                raise
+            raise train.Halt(130, "saved; the same command goes on") from None
     last = run.records[-1]
     tqdm.write("{}: step {step}, {:.1f}M tokens, exact {exact:.1%}, {seconds:.0f} s".format(
         log.stem, last["tokens"] / 1e6, **last))
