@@ -278,7 +278,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, kind: str):
         super().__init__()
-        self.dtype = getattr(torch, config.dtype)
+        self.dtype, self.keep = getattr(torch, config.dtype), config.keep
         self.mixer = Attention(config) if kind == "a" else GatedDeltaNet(config)
         self.mlp = kind != "m"
         if self.mlp:
@@ -292,6 +292,8 @@ class Block(nn.Module):
 
         need_h = False: nobody needs that h. It is None, and what only it needs is left out."""
         o, cache, S = self.mixer(norm(h).to(self.dtype), cache, S)
+        if self.keep == 0:
+            cache = without_gradient(cache)
         if not need_h:
             return None, cache, S
         h = h + o
@@ -392,6 +394,11 @@ def like_later_S(S: Tensor) -> Tensor:
     """The start's S asks for a gradient as any later S does: to a compiler the first window then
     looks like the others."""
     return S.requires_grad_(torch.is_grad_enabled())
+
+
+def without_gradient(cache: Cache | Tail) -> Cache | Tail:
+    """Under hard eviction no other window reads the cache: no gradient goes through it."""
+    return cache._make(x.detach() for x in cache)
 
 
 def in_one_product(x: Tensor, *maps: Matrices) -> tuple[Tensor, ...]:
@@ -517,20 +524,20 @@ def prepare_forward(x, w, y, L, H, K: tl.constexpr, G: tl.constexpr):
 def prepare_backward(x, w, dy, dx, dw, L, H, K: tl.constexpr, G: tl.constexpr):
     b, c, n, is_unit, w0, w1, w2, w3 = channels(w, H, K, G)
     x += b * L * n + c
+    dy += b * L * n + c
     x0, x1 = tl.load(x + (L - 1) * n), tl.load(x + (L - 2) * n, L > 1, 0.0)
-    x2 = tl.load(x + (L - 3) * n, L > 2, 0.0)
-    d1, d2, d3, dw0 = 0 * w1, 0 * w2, 0 * w3, 0 * w0
+    x2, x3 = tl.load(x + (L - 3) * n, L > 2, 0.0), tl.load(x + (L - 4) * n, L > 3, 0.0)
+    d1, d2, d3, dw0, ahead = 0 * w1, 0 * w2, 0 * w3, 0 * w0, tl.load(dy + (L - 1) * n)
     dw1, dw2, dw3 = dw0, dw0, dw0
     for i in range(L):
-        t = L - 1 - i
-        x3 = tl.load(x + (t - 3) * n, t > 2, 0.0)
-        d0 = tl.load(dy + (b * L + t) * n + c).to(tl.float32)
+        t, d0 = L - 1 - i, ahead.to(tl.float32)
+        x4, ahead = tl.load(x + (t - 4) * n, t > 3, 0.0), tl.load(dy + (t - 1) * n, t > 0, 0.0)
         u, slope, scale = silu_and_scale(w3 * x0 + w2 * x1 + w1 * x2 + w0 * x3, is_unit, K)
         u *= tl.where(is_unit, scale, 0.0)
         d0 = slope * scale * (d0 - u * tl.sum(u * d0, 1)[:, None])
         tl.store(dx + (b * L + t) * n + c, w3 * d0 + w2 * d1 + w1 * d2 + w0 * d3)
         dw0, dw1, dw2, dw3 = dw0 + d0 * x3, dw1 + d0 * x2, dw2 + d0 * x1, dw3 + d0 * x0
-        x0, x1, x2, d3, d2, d1 = x1, x2, x3, d2, d1, d0
+        x0, x1, x2, x3, d3, d2, d1 = x1, x2, x3, x4, d2, d1, d0
     dw += 4 * b * n + c
     tl.store(dw, dw0)
     tl.store(dw + n, dw1)

@@ -297,6 +297,7 @@ def print_table(log: list[dict]):
 VARIANT = None    # the name of a variant, while results/variants.py trains it
 MOST = 2**31 - 1  # as an option's value
 LONG = 8e14       # parameters x token passes of a run that earns compiling
+CORES = torch.get_num_threads()  # as torch counts them
 PAPER = {"layout": "asas", "d_model": 256, "n_head": 8, "cells": 24, "states": 4, "batch": 512,
          "steps": 782, "muon_lr": 4e-3}
 LEFT_OUT = "out", "resume", "paper"  # of a run's configuration
@@ -451,6 +452,9 @@ def settle(parser: Parser, options: dict, source: str = "--device cuda"):
     if options["device"] == "cuda" and not torch.cuda.is_available():
         parser.error(f"{source}: must have a GPU, and there is none here")
     choose("dtype", "bfloat16" if options["device"] == "cuda" else "float32")
+    small = options["device"] == "cpu" and options["d_model"] <= 64
+    if small and "OMP_NUM_THREADS" not in os.environ:  # threads wait for one that lost its core
+        torch.set_num_threads(2 if CORES >= 4 else 1)
     if options["device"] == "cpu" and options["fast"] not in ("auto", "eager"):
         parser.error(f"--fast {options['fast']}: must be eager or auto on a CPU")
     try:
@@ -647,7 +651,9 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
         out = out or new_folder(options["task"])
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
-            if (out / "log.jsonl").exists() or any(out.glob("N*.pt")):
+            if not (out / "log.jsonl").exists() and (strays := sorted(out.glob("N*.pt"))):
+                parser.error(f"--out {out}: must be new, it has {strays[0].name} without its log")
+            if (out / "log.jsonl").exists():
                 header = read_header(parser, "--out", out)
                 if header["config"] != options:
                     parser.error(f"--out {out}: must be new, it has a run of another configuration")
