@@ -235,11 +235,11 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(4, 3 * config.d_model).uniform_(-0.5, 0.5))
 
     def forward(self, x: Tensor, tail: Tail | None) -> tuple[Tensor, Tail]:
-        L = x.shape[1]
-        x = x if tail is None else torch.cat([tail.x, x], dim=1)
-        qkv, tail = prepare(x, self.weight, self.n_head), x[:, -3:]
-        tail = Tail(F.pad(tail, (0, 0, 3 - tail.shape[1], 0)).clone())
-        return qkv[:, -L:], tail
+        seen = x if tail is None else torch.cat([tail.x, x], dim=1)
+        qkv = prepare(seen, self.weight, self.n_head)
+        last = seen[:, -3:]
+        last = Tail(F.pad(last, (0, 0, 3 - last.shape[1], 0)).clone())
+        return qkv if tail is None else qkv[:, 3:], last
 
 
 class GatedDeltaNet(nn.Module):
@@ -398,7 +398,9 @@ def like_later_S(S: Tensor) -> Tensor:
 
 def without_gradient(cache: Cache | Tail) -> Cache | Tail:
     """Under hard eviction no other window reads the cache: no gradient goes through it."""
-    return cache._make(x.detach() for x in cache)
+    if isinstance(cache, Tail):
+        return Tail(cache.x.detach())
+    return Cache(cache.k.detach(), cache.v.detach())
 
 
 def in_one_product(x: Tensor, *maps: Matrices) -> tuple[Tensor, ...]:
