@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +132,7 @@ def literal_rotary(x, position):
     """x (..., size) as size/2 complex numbers, each turned by frequency times position."""
     half = x.shape[-1] // 2
     z = torch.complex(x[..., :half], x[..., half:])
-    frequency = model_file.ROPE_BASE ** (-torch.arange(half, dtype=x.dtype) / half)
+    frequency = 100 ** (-torch.arange(half, dtype=x.dtype) / half)
     z = z * torch.exp(1j * position * frequency)
     return torch.cat([z.real, z.imag], dim=-1)
 
@@ -334,7 +334,8 @@ def test_one_loop_repeats_the_provisional_state():
     slept = [sleep(model, window, start, loops).S[1] for loops in (1, 2)]
     torch.testing.assert_close(slept[0], memory.S[1])
     assert (slept[1] - memory.S[1]).abs().max() > 1e-3
-    assert passes(model, window, start, 2, need_h=False)[0] is None  # asleep, h is dropped
+    for model in (model, hybrid(loop_blocks=(1, 3))):  # asleep, h is dropped
+        assert passes(model, window, start, 2, need_h=False)[0] is None
 
 
 @pytest.mark.parametrize("eviction", ["sliding", "none"])
@@ -359,7 +360,8 @@ def test_gradients_take_the_road_that_memory_takes(eviction, through):
 @pytest.mark.parametrize("make, token, named", [
     ({"loops": 0}, [0], "loops 0"), ({"loops": 1.5}, [0], "loops 1.5"),
     ({"batch_size": 0}, [], "batch_size 0"), ({"batch_size": 2}, [0], "token"),
-    ({}, [0, 1, 2], "token"), ({}, [0.0], "tokens"), ({}, [3], "token"), ({}, [-1], "token")])
+    ({}, [0, 1, 2], "token"), ({}, [0.0], "tokens"), ({}, [3], "token"), ({}, [-1], "token"),
+    ({}, 0, "token"), ({"batch_size": 2}, [0, 3], "token")])
 def test_stream_refuses_what_it_cannot_read(make, token, named):
     """Guards shapes that broadcast on a CPU and write beyond S on a GPU, and unknown words."""
     with pytest.raises(ValueError, match=rf"^{named}.*: must be"):
@@ -371,8 +373,15 @@ def test_a_memory_of_another_batch_is_refused():
     model = hybrid()
     with pytest.raises(ValueError, match="^S .*: must be of 3 sequences"):
         wake(model, torch.zeros(3, 2).long(), model.empty_memory(1))
-    with pytest.raises(ValueError, match="^w .*: must be .4, 12."):
-        prepare(torch.zeros(1, 5, 12), torch.zeros(4, 6), 2)
+    with pytest.raises(ValueError, match="^tokens .*: must be"):
+        wake(model, torch.zeros(5).long(), model.empty_memory(1))
+    with pytest.raises(ValueError, match="^loops 0: must be"):
+        sleep(model, torch.zeros(1, 5).long(), model.empty_memory(1), 0)
+    with pytest.raises(ValueError, match="^S .*: must be"):  # one beta for two tokens
+        update("gdn", *map(torch.zeros, ((1, 2, 3, 1, 4), (1, 2, 1), (1, 1, 1), (1, 1, 4, 4))))
+    for w, n_head in ((torch.zeros(4, 6), 2), (torch.zeros(4, 12), 3)):
+        with pytest.raises(ValueError, match="^w .*: must be .4, 12."):
+            prepare(torch.zeros(1, 5, 12), w, n_head)
 
 
 def test_sliding_cache_is_bounded(monkeypatch):
@@ -420,7 +429,8 @@ def test_use_then_training(mode):
         for token in tokens.T:
             a, b = streams[0].feed(token), streams[1].feed(buffer.copy_(token))
             assert torch.equal(a, b) and a.isfinite().all()
-            assert not any(x.requires_grad for x in (a, streams[0].memory.S[1]))
+            assert not any(x.requires_grad for x in (
+                a, streams[0].memory.S[1], streams[0].start.S[1]))
         assert algorithm1(model, tokens, targets, 2)[0].isfinite()
     algorithm1(model, tokens, targets, 2)[0].backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -445,8 +455,11 @@ def test_numbers_of_numpy_and_a_config_that_stays():
     one, two = (sleep(model, tokens, model.empty_memory(1), N).S[1] for N in np.arange(1, 3))
     assert not torch.equal(one, two)
     assert Stream(model, np.int64(2)).feed(tokens[:, 0]).shape == (1, 3)
+    assert torch.equal(model.embed(tokens.int()), model.embed(tokens))
     with pytest.raises(FrozenInstanceError):
         model.config.window = 8
+    with pytest.raises(ValueError, match="^vocab_size 0: must be"):
+        Config(0, 5)
 
 
 def test_a_mode_leaves_nothing_behind():
@@ -598,6 +611,8 @@ def test_only_their_own_rules_reach_the_kernels(monkeypatch):
     for rule in ("gdn", "delta"):
         kernels[rule](None, torch.ones(1, L, 1), None, None)
     assert alphas[0].all() and not alphas[1].any()  # delta: alpha = 1
+    monkeypatch.setattr(model_file, "fused_attention", lambda *_: 1 / 0)
+    model_file.attend(torch.randn(1, L, 3, 1, 16), None, L - 1)  # a span that no kernel has
 
 
 @pytest.mark.parametrize("L", [1, 7, 24])
@@ -633,6 +648,8 @@ def test_start_values():
     assert 0.9 < model.embedding.std() < 1.1 and not model.out.weight.any()
     for matrix in (layer.up, layer.down):
         assert 0.95 < matrix(torch.randn(64, matrix.weight.shape[2])).std() < 1.05
+    w = layer.mixer.conv.weight
+    assert -0.5 <= w.min() < -0.49 and 0.49 < w.max() <= 0.5
     A, dt = layer.mixer.A_log.exp(), F.softplus(layer.mixer.dt_bias)
     assert 0.01 <= A.min() < 1 < 15 < A.max() <= 16
     assert 1e-3 * 0.999 <= dt.min() < 2e-3 and 5e-2 < dt.max() <= 1e-1 * 1.001
@@ -640,8 +657,11 @@ def test_start_values():
     assert 0.097 < F.softplus(torch.cat([x.mixer.dt_bias for x in many])).max() < 0.1001
 
 
-def test_bfloat16_products():
+def test_bfloat16_products(monkeypatch):
     """Guards the dtypes on a GPU: every product in bfloat16, S, gradients and loss in float32."""
+    exact_ones = set()
+    monkeypatch.setattr(model_file, "update", lambda rule, qkv, *x: exact_ones.update(
+        y.dtype for y in x) or update(rule, qkv, *x))  # log_alpha, beta, S
     model, (tokens, targets) = hybrid(dtype="float32"), sequences(B=16)
     low, inside = Hybrid(Config(3, 5, "asas", 16, 2, dtype="bfloat16")), {}
     low.load_state_dict(model.state_dict())
@@ -655,6 +675,7 @@ def test_bfloat16_products():
     assert all(x.dtype == torch.float32 for x in (loss, *(p.grad for p in low.parameters())))
     assert sleep(low, tokens[:, :5], low.empty_memory(16), 2).S[1].dtype == torch.float32
     assert 0 < abs(loss - exact) < 0.05 * exact
+    assert exact_ones == {torch.float32}
 
 
 @pytest.mark.parametrize("default", [False, True])
@@ -888,6 +909,7 @@ def test_data_py_shows_every_task(monkeypatch, capsys):
     GSM(ops=1, statements=40, modulus=23, variables=40)], ids=lambda x: type(x).__name__)
 def test_sequences_say_what_is_right(task, split):
     """Guards the answers; a name or a variable twice; two cycles for one; a needed distractor."""
+    assert len(set(task.words)) == len(task.words)
     count = 10 if isinstance(task, GSM) else 20
     read(task, 10 * count, split)
     for level in task.levels:
@@ -1010,12 +1032,14 @@ def test_floor_equals_enumeration(cells, t, rule):
 def test_floor_of_the_paper():
     """Guards the numbers beside the paper's: t = 4 and 32, with 24 cells, 4 states."""
     for t, known in ((4, 0.0820), (32, 0.0995)):
-        assert floor(Rule110(24, 4, t)) == pytest.approx(known, abs=0.005)
+        share = floor(Rule110(24, 4, t))
+        assert share == pytest.approx(known, abs=0.005)
+        assert share * (2**16 - 1) % 1 == pytest.approx(0)  # of the larger draw
 
 
 def test_floor_counts_whole_answers():
     """Guards the floor of other tasks: GSM's one answer; two answers that Depo never repeats."""
-    assert floor(Depo(nodes=5, hops=2, questions=5, names=5), 1) < 0.001
+    assert floor(Depo(nodes=5, hops=2, questions=5, names=12), 1) == 0
     for task, level in ((GSM(ops=3, statements=5, modulus=5), 2),
                         (Depo(nodes=5, hops=2, questions=1, names=5), 1)):
         answers = Counter(tuple(row[row != IGNORE].tolist())
@@ -1086,7 +1110,7 @@ def test_depo_names_are_drawn_as_in_the_original():
 def test_gsm_draws_what_it_says():
     """Guards the mixture: levels, order, operators, constants (never 0), sides, two variables."""
     task = GSM(ops=4, statements=6, modulus=5, variables=6)
-    places, sides, constants, operators, both = (Counter() for _ in range(5))
+    places, sides, constants, operators, both, reused = (Counter() for _ in range(6))
     problems = read(task, 3000)
     assert_shares(Counter(len(needed) for _, needed, _ in problems), range(1, 5))
     for statements, needed, asked in problems:
@@ -1096,7 +1120,9 @@ def test_gsm_draws_what_it_says():
             constants.update(y for y in (left, right) if isinstance(y, int))
             if isinstance(left, int) != isinstance(right, int):
                 sides[isinstance(left, int)] += 1
-    for statements, needed, _ in read(task, 1500, level=4):
+    for statements, needed, asked in read(task, 1500, level=4):
+        reused.update(y == asked for x, _, left, _, right, _ in statements if x not in needed
+                      for y in (left, right) if y in needed)
         both[sum(x in needed and isinstance(left, str) and isinstance(right, str)
                  for x, _, left, _, right, _ in statements)] += 1
     assert_shares(places, range(6))
@@ -1104,6 +1130,7 @@ def test_gsm_draws_what_it_says():
     assert_shares(constants, range(1, 5))
     assert_shares(operators, "+-*")
     assert_shares(both, {0: 1 / 4, 1: 1 / 2, 2: 1 / 4})
+    assert_shares(reused, {True: 1 / 4, False: 3 / 4})  # any of the four
 
 
 # ========================================================================================= train.py
@@ -1144,7 +1171,8 @@ def test_a_frozen_block_stays():
     optimizers = train.make_optimizers(model, 0.1, 0.1)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     model.layers[0].requires_grad_(False)
-    train.training_step(model, optimizers, 1, cut(batch[1], 5), *batch)
+    loss_and_norm = train.training_step(model, optimizers, 1, cut(batch[1], 5), *batch)
+    assert not loss_and_norm.requires_grad  # kept for some steps, it would keep their graphs
     for name, x in model.state_dict().items():
         assert torch.equal(x, before[name]) == name.startswith("layers.0."), name
 
@@ -1344,7 +1372,7 @@ def test_scores_by_hand(monkeypatch):
     assert scores == {"loss": 0.5, "bit": pytest.approx(6 / 7), "exact": pytest.approx(2 / 3)}
 
 
-def test_evaluation_with_other_loops_and_by_level(tmp_path):
+def test_evaluation_with_other_loops_and_by_level(tmp_path, monkeypatch):
     """Guards --eval_loops and the levels: another N is used; the means are of the levels."""
     records = run_of(tmp_path / "run", "--loops 2 --eval_loops 1,2 --lr 0.1")
     others = records[-1]["eval_loops"]
@@ -1356,6 +1384,12 @@ def test_evaluation_with_other_loops_and_by_level(tmp_path):
     assert record["step"] == 0 and two["floor"] - one["floor"] == pytest.approx(0.01)
     for name in ("exact", "floor"):
         assert record[name] == pytest.approx((one[name] + two[name]) / 2)
+    held_out = train.draw_held_out(Depo(4, 2, 2, 4), train.get_parser().parse_args(TINY))
+    assert not torch.equal(*(tokens[:, :16] for tokens, *_ in held_out.values()))  # other graphs
+    monkeypatch.setattr(train, "evaluate", lambda *x: {
+        "loss": math.inf if x[3] == 3 else 1.0, "bit": 0, "exact": 0})
+    [record] = run_of(tmp_path / "inf", "--loops 2 --steps 0 --eval_loops 1,3")
+    assert [*record["eval_loops"]] == ["1"]  # 3 passes diverge: that is no end of the run
 
 
 @pytest.mark.parametrize("variant, some, all", [("", 5 * 2 + 3, 5 * 3 + 3),
@@ -1444,6 +1478,7 @@ def test_same_seed_same_numbers_and_evaluation_disturbs_nothing(tmp_path):
     ("--loops", "2147483647"), ("--eval_loops", "1025"), ("--eval_loops", "0"), ("--t", "-1"),
     ("--t", "x"), ("--cells", "2"), ("--states", "0"), ("--automaton", "256"), ("--nodes", "9"),
     ("--loop_blocks", "1"), ("--loop_blocks", "1:1"), ("--loop_blocks", "1:3"), ("--layout", "axs"),
+    ("--loop_blocks", "-1:1"),
     ("--layout", ""), ("--n_head", "3"), ("--n_head", "0"), ("--n_head", "16"), ("--d_model", "0"),
     ("--window", "0"), ("--window", "1 --eviction=sliding"), ("--eviction", "soft"),
     ("--rule", "mamba3"), ("--task", "sudoku"), ("--device", "tpu"), ("--dtype", "int8"),
@@ -1517,6 +1552,8 @@ def test_resume_is_exact(tmp_path, capsys, loops, stop_after):
     run_of(cut_off, options, ctrl_c=10 * (loops - 1) + stop_after)
     assert f"python train.py --resume {cut_off}" in capsys.readouterr().err
     assert torch.load(cut_off / f"N{loops}.pt", weights_only=True)["step"] == stop_after
+    log = lines_of(cut_off)[1:]
+    assert log == records[:len(log)]  # of the first model too
     assert train.main(["--resume", str(cut_off)]) == 0
     assert_same_runs(whole, cut_off)
     assert [record["step"] for record in records] == [0, 4, 8, 10] * 2
@@ -1524,6 +1561,10 @@ def test_resume_is_exact(tmp_path, capsys, loops, stop_after):
                if "seconds" in line]
     assert seconds[:4] == sorted(seconds[:4]) and seconds[4:] == sorted(seconds[4:])
     assert not list(tmp_path.glob("*/*.tmp"))
+    log = cut_off / "log.jsonl"
+    log.write_text(log.read_text().rpartition('{"loops')[0])  # killed before its last line
+    assert train.main(["--resume", str(cut_off)]) == 0
+    assert_same_runs(whole, cut_off)
 
 
 def test_killed_at_any_moment_a_run_ends_where_it_would_have(tmp_path, monkeypatch, start):
@@ -1550,12 +1591,14 @@ def test_lines_arrive_and_sigterm_saves(tmp_path, start):
     assert 5 <= step < 250 and len(lines_of(tmp_path / "run")) == 2 + step // 5
 
 
-@pytest.mark.parametrize("wait, says", [(0, "saved; go on with"), (0.6, "stopped at once")])
-def test_ctrl_c_twice_stops_at_once(tmp_path, monkeypatch, capsys, wait, says):
+@pytest.mark.parametrize("waits, says", [([0], "saved; go on with"), ([0.6], "stopped at once"),
+                                         ([0.3, 0.3], "stopped at once")])
+def test_ctrl_c_twice_stops_at_once(tmp_path, monkeypatch, capsys, waits, says):
     """Guards the second Ctrl-C: one line, no traceback. At once it may be the first, sent twice."""
-    interrupt(monkeypatch, 2)
-    second = train.lr_factor
-    monkeypatch.setattr(train, "lr_factor", lambda *x: time.sleep(wait) or second(*x))
+    for wait in waits:  # [0.3, 0.3]: a key that is held down
+        interrupt(monkeypatch, 2)
+        monkeypatch.setattr(train, "lr_factor", lambda *x, wait=wait, later=train.lr_factor: (
+            time.sleep(wait), later(*x))[1])
     run_of(tmp_path, "--loops 1", ctrl_c=2)  # the first, in the same step
     assert capsys.readouterr().err.startswith(f"train.py: {says}")
 
@@ -1613,7 +1656,7 @@ def test_what_was_there_is_kept(tmp_path, monkeypatch, capsys):
         for arguments in ([*base, str(run)], ["--resume", str(run)]):
             assert "in use" in refused(capsys, arguments)
     monkeypatch.setattr(train, "write", lambda *_: 1 / 0)
-    for arguments in ([*base, str(run)], ["--resume", str(run)]):
+    for arguments in ([*base, str(run)], ["--resume", str(run)], [f"--resume={run}"]):
         assert train.main(arguments) == 0 and "token passes" in capsys.readouterr().out
     assert files == files_in(run)
     assert "--out" in refused(capsys, [*base, str(other / "thesis.tex")])
@@ -1645,7 +1688,8 @@ def test_damaged_resume(tmp_path, capsys):
     weights.unlink()
     assert "N1.pt" in refused(capsys, resume)
     header = json.loads(log.read_text().splitlines()[0])
-    wrong = [("cells", "4"), ("task", "zzz"), ("dtype", "float8"), ("loops", [0]), ("t", None)]
+    wrong = [("cells", "4"), ("task", "zzz"), ("dtype", "float8"), ("loops", [0]), ("t", None),
+             ("cells", 2)]
     texts = [json.dumps(header | {"config": header["config"] | {name: x}}) for name, x in wrong]
     for text in ("", "{", "{}\n", '{"config": {}}\n', *texts, '{"config": %s}' % texts[0],
                  100_000 * "["):
@@ -1653,8 +1697,10 @@ def test_damaged_resume(tmp_path, capsys):
         refused(capsys, resume)
 
 
-@pytest.mark.parametrize("what, every", [*product(("loss", "gradient"), (4, 100))])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, what, every):
+@pytest.mark.parametrize("what, every, ctrl_c", [
+    *product(("loss", "gradient"), (4, 100), (None, 10))])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, what, every,
+                                                 ctrl_c):
     """Guards the last good checkpoint: the step is named, nothing is saved after it."""
     original, calls = train.algorithm1, iter(range(1, 100))
 
@@ -1667,6 +1713,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(train, "algorithm1", diverging)
     monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": 1.0, "bit": 0.5, "exact": 0.1})
     arguments = [*TINY, *f"--steps 40 --eval_every {every} --loops 1 --out {tmp_path}".split()]
+    interrupt(monkeypatch, ctrl_c)
     assert train.main(arguments) == 1
     line = capsys.readouterr().err
     assert "step 9;" in line and str(tmp_path / "N1.pt") in line and line.count("\n") == 1
@@ -1686,6 +1733,7 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
 @pytest.mark.parametrize("where, error, says", [
     ((train, "train_model"), RuntimeError("Failed to find C compiler"), "no C compiler"),
     ((train, "train_model"), torch.OutOfMemoryError("CUDA out of memory"), "not enough memory"),
+    ((train, "train_model"), RuntimeError("can't allocate memory"), "not enough memory"),
     ((os, "fsync"), OSError(28, "No space left on device"), "No space left on device: '{}/N1.pt'")])
 def test_what_the_machine_lacks_is_one_line(tmp_path, monkeypatch, capsys, where, error, says):
     """Guards a traceback from deep inside torch or Triton; the old checkpoint is whole."""
@@ -1814,8 +1862,8 @@ def test_rates_act_inside_the_graph(fast):
     ("train.py", "--loops 0", "train.py: error: argument --loops: '0': must be"),
     ("results/dream.py", "--loops 3", "dream.py: error: every N must be even"),
     ("results/dream.py", "--steps 3", "dream.py: error: --steps 3: must be at least one for each"),
-    ("results/night.py", "", "night.py: error: out: must hold a checkpoint N*.pt; python train.py "
-     "makes one\n"),
+    ("results/night.py", "out", "night.py: error: out: must hold a checkpoint N*.pt; python "
+     "train.py makes one\n"),
     ("results/reach.py", "1 --loops 0", "reach.py: error: argument --loops: '0': must be"),
     ("results/reach.py", "", "reach.py: error: the seeds must come first"),
     ("results/reach.py", "1 --loops 1,2", "reach.py: error: --t must be one of"),
@@ -2001,6 +2049,20 @@ def test_a_night_that_cannot_be_shown_is_refused(tmp_path, capsys):
         assert refused(capsys, path, show_night).startswith(f"night.py: error: {says}")
 
 
+def test_the_night_of_the_readme(tmp_path, monkeypatch, capsys):
+    """Guards the weights that come with the repository: they load, solve the task, and their night
+    is the README's."""
+    monkeypatch.chdir(tmp_path)  # nothing is under out/
+    night.night([])
+    said = re.sub(r"[01]\.\d\d", "0.00", capsys.readouterr().out)
+    [shown] = re.findall(r"^```\n(window 2 .*?)^```", README, re.M | re.S)
+    assert re.sub(r"[01]\.\d\d", "0.00", shown) in said
+    task, model, loops = train.load(night.LAPTOP / "N2.pt")
+    batch = task.batch(256, generator(0, train.EVAL), "held-out")
+    scores = train.evaluate(model, *batch, loops, train.windows_of(task, model.config.window))
+    assert scores["exact"] > 0.95 and (night.LAPTOP / "N2.pt").stat().st_size < 500_000
+
+
 def vary(name):
     """`python results/variants.py NAME`, in this process, which is as before after it."""
     def main(arguments):
@@ -2146,11 +2208,13 @@ def test_rendered_is_what_is_there():
 def test_every_number_of_a_row_is_of_its_logs(tmp_path, monkeypatch):
     """Guards the tables themselves: a row's numbers by hand, and logs of another command."""
     monkeypatch.setattr(render, "HERE", tmp_path)
-    monkeypatch.setitem(render.ROWS, "x*.jsonl", ("K=1", "-", "--t 4 --steps 8", "x*.jsonl"))
-    config = {"t": 4, "steps": 8, "position": "none", "seed": 1, "gone": "an option of old"}
+    row = render.Row("a row", "--t 4 --steps 8", "x*.jsonl")
+    monkeypatch.setitem(render.ROWS, row.logs, row)
+    config = {"t": 4, "steps": 8, "position": "none", "seed": 1, "gone": "an option of old",
+              "layout": "as", "task": "rule110", "batch": 64, "loops": [1, 2]}
 
-    def log(seed, exact, patch, **other):
-        header = {"hardware": "NVIDIA H200", "commit": "c", "patch": patch,
+    def log(seed, exact, **other):
+        header = {"hardware": "NVIDIA H200", "commit": "c",
                   "config": config | {"seed": seed} | other}
         records = [{"loops": n, "step": step, "tokens": 3e6, "floor": 0.25, "seconds": 90.0,
                     "exact": exact * n if step else 0} for n in (1, 2) for step in (0, 8)]
@@ -2158,29 +2222,58 @@ def test_every_number_of_a_row_is_of_its_logs(tmp_path, monkeypatch):
         render.read.cache_clear()
         render.experiment.cache_clear()
 
-    for seed in (1, 2):
-        log(seed, 0.25 * seed, patch={"K": "1"})
-    assert render.row_of(*render.ROWS["x*.jsonl"]) == [
-        "K=1", "-", "`--t 4 --steps 8`", "N = 1: 37.5 [25.0, 50.0]; N = 2: 75.0 [50.0, 100.0]",
-        "25.0", "2", "3.0M", "3.0 H200", "c", "`x*.jsonl`"]
+    for seed, score in enumerate((0.25, 0.5, 0.3), 1):
+        log(seed, score)
+    monkeypatch.setattr(render, "flops", lambda logs, n: [0, n * 1e15])
+    assert render.row_of(row) == [
+        "a row", "`--t 4 --steps 8`", "`x*.jsonl`",
+        "N = 1: 30.0 [25.0, 50.0]; N = 2: 60.0 [50.0, 100.0]", "25.0", "3", "3.0M", "3.0 H200",
+        "c", "N = 1: 1; N = 2: 2"]
+    assert render.compared("head\n---\n| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` | - |").endswith(
+        "| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` | - | 60.0 [50.0, 100.0] (3) | "
+        "30.0 [25.0, 50.0] (3) | 20 | too few seeds |")
     for wrong, says in (({"t": 5}, "has t 5, not 4"), ({"position": "window"}, "position"),
-                        ({"steps": 9}, "has steps 9"), ({"patch": {}}, "K=1")):
-        log(2, 0.5, **{"patch": {"K": "1"}} | wrong)
+                        ({"steps": 9}, "has steps 9")):
+        log(2, 0.5, **wrong)
         with pytest.raises(SystemExit, match=says):
             render.experiment("x*.jsonl")
     del config["position"]  # an old log had one
-    log(2, 0.5, patch={"K": "1"})
+    log(2, 0.5)
     with pytest.raises(SystemExit, match="is of variant position, not None"):
         render.experiment("x*.jsonl")
 
 
-def test_figures_are_drawn(tmp_path, monkeypatch):
-    """Guards the figures: each one that the READMEs show, no other; the table of dotted lines."""
+def test_who_is_ahead_is_told_by_the_test():
+    """Guards the comparisons: the test's p against all deals, counted by pairs; no five of five
+    may overlap, and three of three are too few."""
+    assert render.mann_whitney([6, 7, 8, 9, 10], [1, 2, 3, 4, 5]) == pytest.approx(2 / 252)
+    assert render.mann_whitney([5, 7, 8, 9, 10], [1, 2, 3, 4, 6]) > 0.01
+    assert render.mann_whitney([4, 5, 6], [1, 2, 3]) == pytest.approx(0.1)
+    values, right = [3, 1, 4, 1, 5, 9, 2], []
+    for ours in permutations(range(7), 3):
+        wins = sum((values[i] > values[j]) + (values[i] == values[j]) / 2
+                   for i in ours for j in set(range(7)) - set(ours))
+        right.append(abs(wins - 6))  # of 12 pairs
+    assert render.mann_whitney(values[:3], values[3:]) == pytest.approx(
+        sum(x >= right[0] for x in right) / len(right))
+
+
+def test_a_level_is_reached_by_two_evaluations_on_end(tmp_path, monkeypatch):
+    """Guards tokens to a score: one lucky evaluation is none, and the cap is infinite."""
+    monkeypatch.setattr(render, "HERE", tmp_path)
+    (tmp_path / "reach").mkdir()
+    for seed, scores in enumerate(((0, 0.4, 0.2, 0.3, 0.5), (0, 0.4, 0.2, 0.4, 0.2)), 1):
+        records = [{"exact": x, "step": i, "tokens": 100 * i, "seconds": 60 + 2 * i}
+                   for i, x in enumerate(scores)]
+        (tmp_path / f"reach/t8-N2-s{seed}.jsonl").write_text(
+            "\n".join(map(json.dumps, [{"config": {"seed": seed}}, *records])))
+    assert render.tokens_to(8, 2, 0.3) == [300, math.inf]
+    assert render.seconds_to(8, 2, 0.3) == [6, math.inf]
+
+
+def test_figures_are_drawn(tmp_path):
+    """Guards the figures: each one that the READMEs show, no other."""
     pytest.importorskip("matplotlib")
-    states = torch.arange(2**9)[:, None] >> torch.arange(9) & 1
-    table = render.truth_table(9, 5, 30)
-    assert table.tolist() == rule110(states, 5, 30)[:, 0].tolist()
-    monkeypatch.setattr(render, "truth_table", lambda *_: table)
     render.draw(tmp_path)
     shown = {Path(name).name for page in (HERE / "README.md", HERE / "results/README.md")
              for name in re.findall(r"\]\((\S+\.svg)\)", page.read_text())}
@@ -2262,13 +2355,13 @@ def test_tests_of_the_readme_exist():
 
 
 def test_numbers_of_the_readme_stand_in_the_results():
-    """Guards verdicts and findings: every mean with its range is one of a table made from logs."""
+    """Guards verdicts and findings: every score that is told is one of a table made from logs."""
     results = (HERE / "results/README.md").read_text()
     tables = "\n".join(re.findall(r"^\|.*", results, re.M))
     said = README + re.sub(r"^\|.*", "", results, flags=re.M)
-    numbers = re.findall(r"\d+\.\d\s\[\d+\.\d,\s\d+\.\d\]", said)
-    missing = [x for x in (re.sub(r"\s", " ", x) for x in numbers) if x not in tables]
-    assert len(numbers) > 20 and not missing
+    numbers = re.findall(r"N = \d (\d+\.\d)", said)
+    missing = [x for x in numbers if not re.search(rf"(?<![\d.]){x}(?![\d.])", tables)]
+    assert len(numbers) > 6 and not missing
 
 
 def test_links_lead_somewhere():

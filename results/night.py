@@ -19,12 +19,15 @@ from model import Cache, Memory  # noqa: E402
 from sleep import IGNORE, Stream, evict, sleep, wake  # noqa: E402
 from train import Halt, Parser, in_one_line, load, reading, windows_of  # noqa: E402
 
+LAPTOP = Path(__file__).resolve().parent / "laptop"  # weights of the default run
+
 
 def find(given: Path | None) -> Path:
-    """The checkpoint to show: a folder's largest N; by default of the newest run under out/."""
+    """The checkpoint to show: a folder's largest N. None: of the newest run under out/, or, if
+    there is none, the default run's that comes with the repository."""
     if given is None:
         found = glob.glob("out/**/N*.pt", recursive=True)  # rglob does not follow links
-        given = Path(max(found, key=os.path.getmtime)).parent if found else Path("out")
+        given = Path(max(found, key=os.path.getmtime)).parent if found else LAPTOP
     checkpoints = sorted(given.glob("N*.pt"), key=lambda file: (len(file.stem), file.stem))
     path = checkpoints[-1] if checkpoints else given
     if not path.is_file():
@@ -50,7 +53,7 @@ def night(argv: list[str]):
     """Print how a trained model reads a held-out sequence, sleeps on it, forgets it and answers."""
     parser = Parser(prog="night.py", description="Watch a trained model read, sleep and answer.")
     parser.add_argument("run", nargs="?", type=Path, help="a run's folder, for its largest N, or a "
-                        "checkpoint N*.pt; default: the newest run under out/")
+                        "checkpoint N*.pt; default: the newest run under out/, if there is one")
     path = find(parser.parse_args(argv).run)
     with reading(path, "a checkpoint that this train.py made"):
         task, model, loops = load(path)
