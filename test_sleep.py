@@ -1866,7 +1866,7 @@ def test_rates_act_inside_the_graph(fast):
      "train.py makes one\n"),
     ("results/reach.py", "1 --loops 0", "reach.py: error: argument --loops: '0': must be"),
     ("results/reach.py", "", "reach.py: error: the seeds must come first"),
-    ("results/reach.py", "1 --loops 1,2", "reach.py: error: --t must be one of"),
+    ("results/reach.py", "1 --t 5", "reach.py: error: --t must be one of"),
     ("results/render.py", "--all", "render.py: error: unrecognized arguments: --all"),
     *(("results/bench.py", f"--device=cpu {line}", f"bench.py: error: {says}") for line, says in (
         ("--init x", "--init: must"), ("--eval_loops 4", "--eval_loops: must"),
@@ -2171,7 +2171,8 @@ def test_grafted_memories_start_as_the_identity(tmp_path, capsys):
 
 def test_reach(tmp_path, monkeypatch, capsys):
     """Guards results/reach.py: a constant rate until the tokens are spent, or until the level is
-    reached in two evaluations; what was stopped goes on; a log that is there stays."""
+    reached in two evaluations; what was stopped goes on; a log that is there stays, a run that
+    another process makes is left to it."""
     rates, factor, logs = [], train.lr_factor, tmp_path / "reach"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "lr_factor", lambda *x: rates.append(factor(*x)) or rates[-1])
@@ -2189,7 +2190,11 @@ def test_reach(tmp_path, monkeypatch, capsys):
     assert len(first) == 1 and first.items() <= files_in(logs).items()
     monkeypatch.setattr(reach, "evaluation", lambda run, data, of=reach.evaluation: of(
         run, data) | {"exact": float(run.step > 0)})
-    reach.main(["3", *arguments])
+    with train.locked(Path("out/reach/t1-N2-s2")):
+        (logs / "t1-N2-s2.jsonl").rename(kept := tmp_path / "kept")
+        reach.main(["2,3", *arguments])
+        assert not (logs / "t1-N2-s2.jsonl").exists()
+    kept.rename(logs / "t1-N2-s2.jsonl")
     for seed, steps in ((3, [0, 2, 4]), (2, [0, 2, 4, 6]), (1, [0, 2, 4, 6])):
         header, *records = map(json.loads, (logs / f"t1-N2-s{seed}.jsonl").open())
         assert header["config"]["seed"] == seed and [x["step"] for x in records] == steps

@@ -1,9 +1,10 @@
-"""How many training tokens does a model need? python results/reach.py 1,2,3 --paper --t 8 --loops 4
+"""How many tokens does a model need? python results/reach.py 1,2,3 --paper --t 8 --loops 4,2,1
 
-Trains one model for each seed of the list, at a constant rate, until 90 % of the held-out sequences
-are exact in two evaluations on end, or until the tokens of t's entry in PROTOCOL are spent. Other
-options are those of train.py. results/reach/tT-NN-sS.jsonl gets a header and every evaluation. A
-log that is there is not made again, and a run that was stopped goes on.
+Trains a model for each seed of the list and each N, at a constant rate, until 90 % of the held-out
+sequences are exact in two evaluations on end, or until the tokens of t's entry in PROTOCOL are
+spent. Other options are those of train.py. results/reach/tT-NN-sS.jsonl gets a header and every
+evaluation. A log that is there is not made again, and a run that was stopped goes on. On several
+GPUs give each process one (CUDA_VISIBLE_DEVICES) and all the same command: they share the runs.
 """
 
 import gc
@@ -12,6 +13,7 @@ import re
 import shlex
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -75,6 +77,8 @@ def reach(argv: list[str], log: Path):
     options, folder, header = train.open_run(argv)
     header["command"] = f"python results/reach.py {shlex.join(sys.argv[1:])}"
     with train.locked(folder), train.gentle_signals() as stop:
+        if log.exists():  # another process was faster
+            return
         task, _ = train.build(vars(options))
         [loops] = options.loops
         run = Reach(loops, options, folder, header, [])
@@ -101,16 +105,21 @@ def main(argv: list[str]):
     options = train.parse(parser, argv[1:])
     task, _ = train.build(options | {"dtype": "float32"})
     t, loops = getattr(task, "t", None), options["loops"]
-    if t not in PROTOCOL or len(loops) > 1:
-        parser.error(f"--t must be one of {', '.join(map(str, PROTOCOL))}, and --loops one N")
+    if t not in PROTOCOL:
+        parser.error(f"--t must be one of {', '.join(map(str, PROTOCOL))}")
     millions, every = PROTOCOL[t]
     steps = round(millions * 1e6 / CONSTANT / (options["batch"] * task.length))
-    for seed in argv[0].split(","):
-        log = Path(__file__).parent / f"reach/t{t}-N{loops[0]}-s{seed}.jsonl"
+    for seed, N in product(argv[0].split(","), loops):
+        log = Path(__file__).parent / f"reach/t{t}-N{N}-s{seed}.jsonl"
         log.parent.mkdir(exist_ok=True)
         if not log.exists():
-            reach([*argv[1:], f"--seed={seed}", f"--steps={steps}", f"--eval_every={every}",
-                   "--eval_size=4096", f"--out=out/reach/{log.stem}"], log)
+            try:
+                reach([*argv[1:], f"--loops={N}", f"--seed={seed}", f"--steps={steps}",
+                       f"--eval_every={every}", "--eval_size=4096",
+                       f"--out=out/reach/{log.stem}"], log)
+            except train.Halt as halt:
+                if "in use" not in str(halt):  # if so, another process makes it
+                    raise
             gc.collect()  # a graph's memory goes with the graph
 
 
