@@ -2332,7 +2332,7 @@ def test_additions_of_the_readme_work(tmp_path, start):
     task, reader, rule, literal = (block for block in BLOCKS if "def " in block)
     for name, line, new in (
             ("data.py", "\nTASKS = {", f'\n{task}\n\nTASKS = {{"parity": Parity, '),
-            ("model.py", "\nRULES = {", f'\n{rule}\n\nRULES = {{"longhorn": longhorn, ')):
+            ("model.py", "\nRULES = {", f'\n{rule}\n\nRULES = {{"linear": linear, ')):
         text = (there / name).read_text()
         assert text.count(line) == 1
         (there / name).write_text(text.replace(line, new))
@@ -2344,8 +2344,8 @@ def test_additions_of_the_readme_work(tmp_path, start):
         "render.draw = lambda folder: None  # figures take long, and are the same\n"
         "assert render.main([]) == 0\n"
         "assert pytest.main(['-q', '-p', 'no:cacheprovider', 'test_sleep.py', '-k', 'parity or "
-        "longhorn or literal_form or rendered']) == 0\n"
-        "raise SystemExit(train.main('--task=parity --bits=6 --rule=longhorn --steps=2 --batch=4 "
+        "linear or literal_form or rendered']) == 0\n"
+        "raise SystemExit(train.main('--task=parity --bits=6 --rule=linear --steps=2 --batch=4 "
         "--d_model=16 --device=cpu'.split()))\n")
     code, out, err = start(there / "everything.py", folder=there)
     assert code == 0 and re.search(r"\d+ passed", out) and "token passes" in out, out + err
@@ -2370,10 +2370,11 @@ def test_numbers_of_the_readme_stand_in_the_results():
 
 
 def test_links_lead_somewhere():
-    """Guards links of the READMEs: to a file that is here, and to a heading that it has."""
+    """Guards links of the READMEs and of variants: to a file that is here, to one of its headings."""
     links = 0
-    for page in (HERE / "README.md", HERE / "results/README.md"):
-        for name, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+    for page in (HERE / "README.md", HERE / "results/README.md", HERE / "results/variants.py"):
+        text = re.sub(r"results/(README.md#[\w-]+)\"", r"](\1)", page.read_text())
+        for name, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", text):
             target, links = page.parent / name if name else page, links + 1
             assert target.exists(), f"{page}: {name}"
             if anchor:

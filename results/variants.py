@@ -23,7 +23,7 @@ from model import Hybrid, Memory  # noqa: E402
 
 def position():
     """A learned vector for each place in the window, which the paper does not name.
-    Doubt: does N = 1 only lack positions? results/README.md#with-a-position-in-the-window"""
+    Doubt: does N = 1 only lack positions? results/README.md#what-does-a-position-do"""
     class Positioned(Hybrid):
         def __init__(self, config):
             super().__init__(config)
@@ -36,7 +36,7 @@ def position():
 
 def embed():
     """Every pass starts from the embedding, not from the h of the pass before.
-    Doubt: is it S or h that passes refine? results/README.md#what-the-passes-supply"""
+    Doubt: is it S or h that passes refine? results/README.md#what-does-a-pass-supply"""
     def passes(model, tokens, memory, loops, *, need_h=True):
         first, memory = model.prelude(model.embed(tokens), memory)
         S = memory.S
@@ -49,7 +49,7 @@ def embed():
 
 def reset_S():
     """Every pass starts from the S of the window's start, not from that of the pass before.
-    Doubt: is it S or h that passes refine? results/README.md#what-the-passes-supply"""
+    Doubt: is it S or h that passes refine? results/README.md#what-does-a-pass-supply"""
     def passes(model, tokens, memory, loops, *, need_h=True):
         h, memory = model.prelude(model.embed(tokens), memory)
         for n in range(loops):
@@ -60,7 +60,7 @@ def reset_S():
 
 def awake():
     """The N passes are spent awake, each from the S of the window's start: what a pass leaves has
-    read the answers. Doubt: must they be asleep? results/README.md#what-a-pass-is-worth"""
+    read the answers. Doubt: must they be asleep? results/README.md#is-a-pass-worth-its-compute"""
     [(_, _, repeat)], count = reset_S(), train.passes_over
 
     def wake(model, tokens, memory):
