@@ -137,7 +137,8 @@ def training_step(model: Hybrid, optimizers: list[torch.optim.Optimizer], loops:
 
 
 def batches(task: Task, options: argparse.Namespace, step: int):
-    """Endless training batches (tokens, targets) from `step` on; each depends on seed and step."""
+    """Endless training batches (tokens, targets) from `step` on; each depends on seed and step.
+    With --sequences the same ones come round again after `period` steps."""
     period = options.sequences // options.batch if options.sequences else sys.maxsize
     while True:
         chunk, first = divmod(step % period, CHUNK)
@@ -236,7 +237,7 @@ def train_model(run: "Run", held_out: dict, stop: threading.Event) -> list[dict]
               dynamic_ncols=True) as bar:
         while True:
             if run.evaluates() or stop.is_set() or len(losses) == CHECK_EVERY:
-                run.check(losses)
+                run.check(losses)  # and empties the list
             if run.evaluates():
                 run.keep(evaluation(run, held_out))
             if run.step == options.steps:
