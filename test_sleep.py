@@ -125,7 +125,7 @@ LITERAL_RULES = {"gdn": literal_rule, "delta": partial(literal_rule, decay=False
 
 def test_every_rule_has_a_literal_form():
     """Guards a new rule: without a literal form here nothing says that it is right."""
-    assert LITERAL_RULES.keys() == RULES.keys(), "add the rule's literal form to LITERAL_RULES"
+    assert LITERAL_RULES.keys() == RULES.keys(), "name the rule in RULES and in LITERAL_RULES"
 
 
 def literal_rotary(x, position):
@@ -877,9 +877,21 @@ def test_every_parameter_of_a_task_is_an_option(name):
     make, parameters = TASKS[name], inspect.signature(TASKS[name]).parameters
     assert {*make.options} == {*parameters} - {"window"}, f"name them in {make.__name__}.options"
     default = {option: parameters[option].default for option in make.options}
+    assert all(make.options.values()), "give each option its help"
+    assert all(type(x) in (int, str) for x in default.values()), "options are whole numbers or text"
     for given in ({}, {option: x for option, x in make.shown.items() if option in default}):
         task = make(**given)
         assert {option: getattr(task, option) for option in default} == default | given
+
+
+def test_every_task_is_whole(monkeypatch):
+    """Guards a task of one's own: it is in TASKS and in READ, no option has another one's name."""
+    assert {*READ} == {*TASKS.values()}, "name the task in TASKS, and what reads it in READ"
+    names = [name for kind in TASKS.values() for name in kind.options]
+    monkeypatch.setattr(train, "TASKS", {})
+    names += [action.dest for action in train.get_parser()._actions]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice, f"{twice}: give a task's option a name that nothing else has"
 
 
 def test_data_py_shows_every_task(monkeypatch, capsys):
@@ -2074,7 +2086,7 @@ def vary(name):
     return main
 
 
-@pytest.mark.parametrize("variant, layout, loops, shape", [
+WORDS = [  # every variant but graft, whose words are those of its own tests
     ("position", "as", 2, {}), ("embed", "sas", 2, {}), ("reset_S", "sa", 3, {}),
     ("reset_S", "sas", 2, {"loop_blocks": (1, 3)}), ("awake", "asas", 2, {}),
     ("awake", "aa", 2, {}),
@@ -2082,7 +2094,16 @@ def vary(name):
     ("last_pass", "asas", 3, {}), ("last_pass", "sas", 2, {"loop_blocks": (1, 3)}),
     ("inject", "asas", 3, {}), ("inject", "sas", 2, {"loop_blocks": (1, 3), "eviction": "sliding"}),
     ("pass_vector", "as", 17, {}), ("pass_vector", "sas", 3, {"loop_blocks": (1, 3)}),
-    ("embed+position", "sa", 2, {})])
+    ("embed+position", "sa", 2, {})]
+
+
+def test_every_variant_has_its_words():
+    """Guards a variant of one's own: `literal_algorithm1` says what it does, and is compared."""
+    named = {name for names, *_ in WORDS for name in names.split("+")} | {"graft"}
+    assert named == {*variants.VARIANTS}, "name the variant in VARIANTS and in WORDS"
+
+
+@pytest.mark.parametrize("variant, layout, loops, shape", WORDS)
 def test_variants_equal_their_words(monkeypatch, variant, layout, loops, shape):
     """Guards what a variant is: values, gradients of every parameter; that it is not plain."""
     apply(monkeypatch, variant)
@@ -2344,7 +2365,7 @@ def test_additions_of_the_readme_work(tmp_path, start):
         "assert render.main([]) == 0\n"
         "assert pytest.main(['-q', '-p', 'no:cacheprovider', 'test_sleep.py', '-k', 'parity or "
         "linear or literal_form or rendered']) == 0\n"
-        "raise SystemExit(train.main('--task=parity --bits=6 --rule=linear --steps=2 --batch=4 "
+        "raise SystemExit(train.main('--task=parity --coins=6 --rule=linear --steps=2 --batch=4 "
         "--d_model=16 --device=cpu'.split()))\n")
     code, out, err = start(there / "everything.py", folder=there)
     assert code == 0 and re.search(r"\d+ passed", out) and "token passes" in out, out + err
@@ -2369,7 +2390,7 @@ def test_numbers_of_the_readme_stand_in_the_results():
 
 
 def test_links_lead_somewhere():
-    """Guards links of the READMEs and of variants: to a file that is here, to one of its headings."""
+    """Guards links of the READMEs and of variants: to a file here, to one of its headings."""
     links = 0
     for page in (HERE / "README.md", HERE / "results/README.md", HERE / "results/variants.py"):
         text = re.sub(r"results/(README.md#[\w-]+)\"", r"](\1)", page.read_text())

@@ -157,7 +157,7 @@ def main(argv: list[str]) -> int:
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     names = argv[0].split("+") if argv else []
     if argv[:1] in (["-h"], ["--help"]):
-        parser.epilog = "\n".join(f"{name:12}{make.__doc__}" for name, make in VARIANTS.items())
+        parser.epilog = "\n".join(f"{name:12} {make.__doc__}" for name, make in VARIANTS.items())
         parser.exit(message=parser.format_help())
     if not names or set(names) - set(VARIANTS):
         parser.error(f"{' '.join(argv[:1])!r}: must be one of {', '.join(VARIANTS)}, or two as a+b")
