@@ -652,12 +652,12 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Path, dict]:
         out = out or new_folder(options["task"])
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
-            if not (out / "log.jsonl").exists() and (strays := sorted(out.glob("N*.pt"))):
-                parser.error(f"--out {out}: must be new, it has {strays[0].name} without its log")
             if (out / "log.jsonl").exists():
                 header = read_header(parser, "--out", out)
                 if header["config"] != options:
                     parser.error(f"--out {out}: must be new, it has a run of another configuration")
+            elif strays := sorted(out.glob("N*.pt")):
+                parser.error(f"--out {out}: must be new, it has {strays[0].name} without its log")
             else:
                 write_log(out, header, [])
     except OSError as error:
