@@ -2349,7 +2349,8 @@ def test_additions_of_the_readme_work(tmp_path, start):
     """Guards "add a task" and "add an update rule": in a copy, made as the README says."""
     there = tmp_path / "copy"
     shutil.copytree(HERE, there, ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
-    task, reader, rule, literal = (block for block in BLOCKS if "def " in block)
+    task, reader, rule, literal = (
+        block for block in BLOCKS if re.search("class|def|READ|RULES", block))
     for name, line, new in (
             ("data.py", "\nTASKS = {", f'\n{task}\n\nTASKS = {{"parity": Parity, '),
             ("model.py", "\nRULES = {", f'\n{rule}\n\nRULES = {{"linear": linear, ')):

@@ -238,16 +238,17 @@ def coin_runs() -> list[dict]:
 
 def coin_table() -> str:
     """Training tokens, in millions, until 90 % of the held-out sequences are exact: the median of
-    the seeds, the fewest and the most, and how many times the fewest the most are."""
+    the seeds, the fewest and the most, and how many times the fewest the most are. Of settings that
+    were tried with more passes than one."""
     rows = []
-    for setting in dict.fromkeys(run["setting"] for run in coin_runs()):
+    for setting in dict.fromkeys(run["setting"] for run in coin_runs() if run["loops"] > 1):
         cells, of = [], {n: [run["tokens_to"]["90"] / 1e6 for run in coin_runs()
                              if (run["setting"], run["loops"]) == (setting, n)] for n in (1, 2, 4)}
         for n, x in of.items():
-            p = f", p {100 * mann_whitney(x, of[1]):.2g} %" if x and n > 1 else ""
+            p = f", p {100 * mann_whitney(x, of[1]):.2g} %" if n > 1 else ""
             cells.append("{:.1f} [{:.1f}, {:.1f}] {:.2f}".format(
                 np.median(x), min(x), max(x), max(x) / min(x)) + p
-                + f" ({len(x)} seeds)" * (len(x) != 5) if x else "-")
+                + f" ({len(x)} seeds)" * (len(x) != 5))
         rows.append([setting, *cells])
     return table("setting | N = 1 | N = 2 | N = 4", rows)
 
