@@ -315,8 +315,7 @@ def mann_whitney(ours: list[float], theirs: list[float]) -> float:
     groups of these sizes, the share whose rank sum is as far from its mean, or farther."""
     values = np.array([*ours, *theirs])
     ranks = (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
-    sums = np.array([ranks[[*dealt]].sum() for dealt in
-                     combinations(range(len(values)), len(ours))])
+    sums = ranks[np.array([*combinations(range(len(values)), len(ours))])].sum(1)
     far = abs(sums - sums.mean())
     return (far >= abs(ranks[:len(ours)].sum() - sums.mean()) - 1e-9).mean()
 
