@@ -52,7 +52,7 @@ def check_loops(loops: int):
 def wake(model: Hybrid, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
     """Read: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it. One ordinary pass.
 
-    A window may be read in pieces. Under hard eviction no gradient goes through its cache.
+    A window may be read in pieces. To train, read it at once: an evicted cache bears no gradient.
     """
     h, memory = passes(model, tokens, memory, 1)
     return model.unembed(h), memory

@@ -442,7 +442,7 @@ def build(options: dict) -> tuple[Task, Hybrid]:
 
 
 def settle(parser: Parser, options: dict, source: str = "--device cuda"):
-    """Settles what is left open, in place: device, dtype, the task's sizes, --fast.
+    """Settles what is left open, in place: device, dtype, the task's sizes, --fast; and threads.
 
     Exits with 2 if impossible. source: what asks for a device that may be missing.
     """
@@ -453,9 +453,9 @@ def settle(parser: Parser, options: dict, source: str = "--device cuda"):
     if options["device"] == "cuda" and not torch.cuda.is_available():
         parser.error(f"{source}: must have a GPU, and there is none here")
     choose("dtype", "bfloat16" if options["device"] == "cuda" else "float32")
-    small = options["device"] == "cpu" and options["d_model"] <= 64
-    if small and "OMP_NUM_THREADS" not in os.environ:  # threads wait for one that lost its core
-        torch.set_num_threads(2 if CORES >= 4 else 1)
+    if options["device"] == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        few = 2 if CORES >= 4 else 1  # threads wait for one that has lost its core to other work
+        torch.set_num_threads(few if options["d_model"] <= 64 else CORES)
     if options["device"] == "cpu" and options["fast"] not in ("auto", "eager"):
         parser.error(f"--fast {options['fast']}: must be eager or auto on a CPU")
     try:
@@ -547,7 +547,7 @@ def make_header(argv: list[str], options: dict, name: str) -> dict:
         if not commit and git("ls-files", Path(__file__).name):
             commit = git("describe", "--always", "--dirty", "--abbrev=10")
     hardware = (torch.cuda.get_device_name() if options["device"] == "cuda"
-                else f"CPU, {torch.get_num_threads()} threads")
+                else f"CPU, threads: {torch.get_num_threads()}")
     return {"command": f"python {name} {shlex.join(argv)}".rstrip(), "commit": commit or "unknown",
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},

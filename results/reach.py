@@ -87,6 +87,7 @@ def reach(argv: list[str], log: Path):
         except Done:
             lines = "".join(json.dumps(x) + "\n" for x in [header, *run.records])
             train.write(log, lines.encode())
+            train.write_log(folder, header, [])  # as the checkpoint goes
             run.checkpoint.unlink(missing_ok=True)
         except train.Halt as halt:
             if halt.code != 130:  # it diverged
@@ -103,7 +104,10 @@ def main(argv: list[str]):
     if not re.fullmatch(r"\d+(,\d+)*", (argv or [""])[0]):
         parser.error("the seeds must come first, whole numbers with commas between them")
     options = train.parse(parser, argv[1:])
-    task, _ = train.build(options | {"dtype": "float32"})
+    try:
+        task, _ = train.build(options | {"dtype": "float32", "loops": options["loops"][:1]})
+    except ValueError as error:
+        parser.error(f"--{error}")
     t, loops = getattr(task, "t", None), options["loops"]
     if t not in PROTOCOL:
         parser.error(f"--t must be one of {', '.join(map(str, PROTOCOL))}")
@@ -118,8 +122,9 @@ def main(argv: list[str]):
                        f"--eval_every={every}", "--eval_size=4096",
                        f"--out=out/reach/{log.stem}"], log)
             except train.Halt as halt:
-                if "in use" not in str(halt):  # if so, another process makes it
+                if "in use" not in str(halt):
                     raise
+                tqdm.write(f"{log.stem}: left to the process that makes it")
             gc.collect()  # a graph's memory goes with the graph
 
 

@@ -34,7 +34,7 @@ COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of N
 FLOOR = {"color": "black", "lw": 0.8, "ls": "--"}
 VARIANT = "results/variants.py"  # a row's command begins with it, where it is not train.py's
 FREE = {*train.LEFT_OUT, "init", "seed", "loops", "eval_loops", "eval_every", "variant"}
-BLOCK = re.compile(r"^<!-- table: (.*) -->\n((?:.*\n)*?)<!-- end -->$", re.M)
+BLOCK = re.compile(r"^<!-- table: (.*) -->\n((?:(?!<!-- ).*\n)*)<!-- end -->$", re.M)
 RUNS = ("experiment | command: `python train.py` ... | logs | exact, % | floor | seeds | tokens | "
         "minutes | commit | PFLOPs")
 COMPARED = "asked | first | second | level | exact, % of the first | of the second | p, % | ahead"
@@ -52,14 +52,20 @@ class Row(NamedTuple):
 
 def cells_of(lines: str) -> list[list[str]]:
     """The rows of a table, without its head, up to an empty line."""
-    return [[cell.strip(" `") for cell in line[1:-1].split("|")]
-            for line in lines.split("\n\n")[0].splitlines()[2:]]
+    return [[name.strip(), *(cell.strip(" `") for cell in cells)] for name, *cells in (
+        line[1:-1].split("|") for line in lines.split("\n\n")[0].splitlines()[2:])]
 
 
 def rows_of(text: str) -> dict[str, list[Row]]:
     """Name -> rows of every table of runs in results/README.md."""
-    return {name: [Row(*cells[:3]) for cells in cells_of(lines)]
-            for name, lines in BLOCK.findall(text) if lines.startswith("| experiment |")}
+    tables = BLOCK.findall(text)
+    rows = {name: [Row(*(*cells, "", "")[:3]) for cells in cells_of(lines)]
+            for name, lines in tables if lines.startswith("| experiment |")}
+    logs = [row.logs for of in rows.values() for row in of]
+    if len({*logs}) < len(logs) or len(tables) < text.count("<!-- table: "):
+        raise SystemExit("render.py: results/README.md: two rows name the same logs, or a table "
+                         "has no <!-- end -->")
+    return rows
 
 
 TABLES = rows_of((HERE / "README.md").read_text("utf-8"))
@@ -237,9 +243,9 @@ def coin_runs() -> list[dict]:
 
 
 def coin_table() -> str:
-    """Training tokens, in millions, until 90 % of the held-out sequences are exact: the median of
-    the seeds, the fewest and the most, and how many times the fewest the most are. Of settings that
-    were tried with more passes than one."""
+    """Training tokens, in millions, until 90 % of the held-out sequences are exact: the median, the
+    fewest and the most, how many times the fewest the most are, p against N = 1, and the number of
+    seeds if it is not 5. Of settings that were tried with more passes than one."""
     rows = []
     for setting in dict.fromkeys(run["setting"] for run in coin_runs() if run["loops"] > 1):
         cells, of = [], {n: [run["tokens_to"]["90"] / 1e6 for run in coin_runs()
@@ -328,7 +334,7 @@ def compared(lines: str) -> str:
         ours, theirs = (exact(ends(logs, int(n)), level if level != "-" else None)
                         for logs, n in (side.split(" N = ") for side in pair))
         p = mann_whitney(ours, theirs)
-        ahead = "first" if np.median(ours) > np.median(theirs) else "second"
+        ahead = "first" if np.subtract.outer(ours, theirs).clip(-1e-9, 1e-9).sum() > 0 else "second"
         rows.append([asked, *(f"`{side}`" for side in pair), level,
                      *(f"{median_and_range(x)} ({len(x)})" for x in (ours, theirs)),
                      f"{100 * p:.3g}", f"the {ahead}" if p <= 0.01 else
@@ -348,7 +354,7 @@ def dream_table() -> str:
 
 
 def speed_tables() -> str:
-    """The rows of every log of results/bench.py that is here, and the figure of them."""
+    """The rows of every log of results/bench.py that is here; the bytes of both memories."""
     rows, held = [], []
     for _, header, (first, *records), _ in read("bench/**/*.jsonl"):
         for row in records:
@@ -380,8 +386,12 @@ def filled(text: str) -> str:
         name, lines = match.groups()
         if name not in {*rows, *made, "comparisons"}:
             raise SystemExit(f"render.py: results/README.md: table {name!r}: not in render.py")
-        content = (runs_table(rows[name]) if name in rows else
-                   compared(lines) if name == "comparisons" else made[name]())
+        try:
+            content = (runs_table(rows[name]) if name in rows else
+                       compared(lines) if name == "comparisons" else made[name]())
+        except (LookupError, TypeError, ValueError) as error:
+            raise SystemExit(f"render.py: results/README.md: table {name!r}: a row names what is "
+                             f"not there: {error!r}") from None
         return f"<!-- table: {name} -->\n{content}\n<!-- end -->"
     return BLOCK.sub(fill, text)
 
@@ -612,7 +622,9 @@ def draw(folder: Path):
     from matplotlib.figure import Figure
     look = {"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    figures = laptop, coin, fig2b, small, scarce, tasks, speed, *[reach] * bool(read("reach/*.jsonl"))
+    figures = [laptop, coin, fig2b, small, scarce, tasks, speed]
+    if read("reach/*.jsonl"):
+        figures.append(reach)
     for make in figures:
         with matplotlib.rc_context(look):
             make(figure := Figure(figsize=(7, 2.8), layout="constrained"))
