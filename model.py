@@ -397,7 +397,8 @@ def like_later_S(S: Tensor) -> Tensor:
 
 
 def without_gradient(cache: Cache | Tail) -> Cache | Tail:
-    """Under hard eviction no other window reads the cache: no gradient goes through it."""
+    """Under hard eviction no other window reads the cache, so that no gradient goes through it. A
+    compiled block would carry one of zeros. Written out, as `_make` is not compiled before 2.13."""
     if isinstance(cache, Tail):
         return Tail(cache.x.detach())
     return Cache(cache.k.detach(), cache.v.detach())

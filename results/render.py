@@ -28,9 +28,10 @@ if __name__ == "__main__":  # run as a program, Python only looks beside this fi
 
 import train  # noqa: E402
 from results.bench import model_flops  # noqa: E402
+from results.reach import PROTOCOL  # noqa: E402
 
 KINDS = r"Eq\.|Alg\.|Choice:|Differs:"  # of tags
-COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of N
+COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of every N that was trained
 FLOOR = {"color": "black", "lw": 0.8, "ls": "--"}
 VARIANT = "results/variants.py"  # a row's command begins with it, where it is not train.py's
 FREE = {*train.LEFT_OUT, "init", "seed", "loops", "eval_loops", "eval_every", "variant"}
@@ -40,7 +41,6 @@ RUNS = ("experiment | command: `python train.py` ... | logs | exact, % | floor |
 COMPARED = "asked | first | second | level | exact, % of the first | of the second | p, % | ahead"
 LAPTOP, BASE = "laptop/seed*.jsonl", "small/base-s*.jsonl"  # what the figures show
 DEPO, GSM = "depo/nodes8-s*.jsonl", "gsm/ops6-half-s*.jsonl"
-REACH_T, REACH_N = (4, 8, 10, 12, 16, 32), (1, 2, 3, 4)     # of results/reach.py
 
 
 class Row(NamedTuple):
@@ -139,11 +139,6 @@ def ends(pattern: str, n: int) -> list[dict]:
     return [log.last[n] for log in experiment(pattern)[1] if n in log.last]
 
 
-def config_of(pattern: str) -> dict:
-    """The configuration of the first log of a row."""
-    return experiment(pattern)[1][0].header["config"]
-
-
 def asked_after(pattern: str, n: int) -> dict[str, list[dict]]:
     """Passes asleep -> the scores with so many of every seed's model, trained with N = n."""
     of = [record["eval_loops"] for record in ends(pattern, n)]
@@ -168,17 +163,16 @@ def joined(values) -> str:
 
 # --------------------------------------------------------------------------------------- the tables
 
-def median_and_range(values: list[float], digits: int = 1) -> str:
+def median_and_range(values: list[float]) -> str:
     """[63.1, 57.2, 58.0] -> "58.0 [57.2, 63.1]"; one value alone as it is."""
-    middle, low, high = (f"{x:.{digits}f}" for x in (np.median(values), min(values), max(values)))
+    middle, low, high = (f"{x:.1f}" for x in (np.median(values), min(values), max(values)))
     return middle if len(values) == 1 else f"{middle} [{low}, {high}]"
 
 
-def levels(records: list[dict], score: str, scale: float = 100, digits: int = 1) -> list[str]:
-    """A score over the seeds' records, of each level: in %, unless scaled otherwise."""
+def levels(records: list[dict], score: str) -> list[str]:
+    """A score over the seeds' records, of each level, in %."""
     by_level = zip(*(record.get("levels", {0: record}).values() for record in records))
-    return [median_and_range([scale * level[score] for level in seeds], digits)
-            for seeds in by_level]
+    return [median_and_range([100 * level[score] for level in seeds]) for seeds in by_level]
 
 
 def row_of(row: Row) -> list[str]:
@@ -194,7 +188,8 @@ def row_of(row: Row) -> list[str]:
             f"{seeds}", f"{last[0]['tokens'] / 1e6:.1f}M",
             f"{minutes / seeds:.1f} {joined(card(log.header) for log in logs)}",
             joined(log.header["commit"] for log in logs),
-            "; ".join(f"N = {n}: {flops(row.logs, n)[-1] / 1e15:.3g}" for n in loops)]
+            "; ".join(f"N = {n}: {flops(row.logs, n) * last[0]['step'] / 1e15:.3g}"
+                      for n in loops)]
 
 
 def runs_table(rows: list[Row]) -> str:
@@ -214,14 +209,17 @@ def table(head: str, rows) -> str:
 
 
 @cache
-def flops(pattern: str, n: int) -> list[float]:
-    """FLOPs of the first 0, 1, ... steps of a row's training with N = n, as results/bench.py counts
-    them."""
-    config = config_of(pattern)
+def flops(pattern: str, n: int) -> float:
+    """Training FLOPs of a step of a row's runs with N = n."""
+    config = experiment(pattern)[1][0].header["config"]
+    return config["batch"] * flops_of_a_sequence(config, n)[0]
+
+
+def flops_of_a_sequence(config: dict, n: int) -> tuple[float, int]:
+    """Training FLOPs of a sequence with N = n, as results/bench.py counts them; its tokens."""
     task, model = train.build(config | {"dtype": "float32"})
-    windows, awake = train.windows_of(task, model.config.window), variant_of(config) == "awake"
-    of_a_step = config["batch"] * model_flops(model, windows, n, awake)
-    return [of_a_step * step for step in range(config["steps"] + 1)]
+    windows = train.windows_of(task, model.config.window)
+    return model_flops(model, windows, n, variant_of(config) == "awake"), task.length
 
 
 def asked_table() -> str:
@@ -238,7 +236,9 @@ def asked_table() -> str:
     return table(" | ".join(["trained with", *(f"asked after {n}" for n in others)]), rows)
 
 
+@cache
 def coin_runs() -> list[dict]:
+    """Every run of coin.jsonl."""
     return [json.loads(x) for x in (HERE / "coin.jsonl").read_text("utf-8").splitlines()]
 
 
@@ -281,10 +281,9 @@ def tokens_to(t: int, n: int, level: float) -> list[float]:
 
 @cache
 def flops_of_a_token(t: int, n: int) -> float:
-    """Training FLOPs of a token with --paper, as results/bench.py counts them."""
-    options = train.parse(train.get_parser(), ["--paper", f"--t={t}"])
-    task, model = train.build(options | {"dtype": "float32"})
-    return model_flops(model, train.windows_of(task, model.config.window), n) / task.length
+    """Training FLOPs of a token with --paper."""
+    total, tokens = flops_of_a_sequence(train.parse(train.get_parser(), ["--paper", f"--t={t}"]), n)
+    return total / tokens
 
 
 def seconds_to(t: int, n: int, level: float) -> list[float]:
@@ -301,7 +300,7 @@ def seconds_to(t: int, n: int, level: float) -> list[float]:
 def reach_table() -> str:
     """Tokens until a share of the held-out sequences is exact, by t and N."""
     rows = []
-    for t, n in product(REACH_T, REACH_N):
+    for t, n in product(PROTOCOL, COLOURS):
         if logs := reach_logs(t, n):
             tokens = {level: [x / 1e6 for x in tokens_to(t, n, level)] for level in (0.3, 0.5, 0.9)}
             fewer = np.median(tokens_to(t, 1, 0.3)) / np.median(tokens_to(t, n, 0.3))
@@ -334,7 +333,7 @@ def compared(lines: str) -> str:
         ours, theirs = (exact(ends(logs, int(n)), level if level != "-" else None)
                         for logs, n in (side.split(" N = ") for side in pair))
         p = mann_whitney(ours, theirs)
-        ahead = "first" if np.subtract.outer(ours, theirs).clip(-1e-9, 1e-9).sum() > 0 else "second"
+        ahead = "first" if np.sign(np.subtract.outer(ours, theirs)).sum() > 0 else "second"
         rows.append([asked, *(f"`{side}`" for side in pair), level,
                      *(f"{median_and_range(x)} ({len(x)})" for x in (ours, theirs)),
                      f"{100 * p:.3g}", f"the {ahead}" if p <= 0.01 else
@@ -378,17 +377,18 @@ def speed_tables() -> str:
 
 def filled(text: str) -> str:
     """results/README.md with every table as the logs have it."""
-    made = {"asked": asked_table, "coin": coin_table, "dream": dream_table, "speed": speed_tables,
-            "reach": reach_table}
+    made = {"asked": asked_table, "coin": coin_table, "dream": dream_table, "speed": speed_tables}
+    if read("reach/*.jsonl"):
+        made["reach"] = reach_table
     rows = rows_of(text)
+    agree("results/README.md: table", [name for name, _ in BLOCK.findall(text)],
+          "results/render.py", [*rows, *made, "comparisons"])
 
     def fill(match) -> str:
         name, lines = match.groups()
-        if name not in {*rows, *made, "comparisons"}:
-            raise SystemExit(f"render.py: results/README.md: table {name!r}: not in render.py")
         try:
             content = (runs_table(rows[name]) if name in rows else
-                       compared(lines) if name == "comparisons" else made[name]())
+                       made[name]() if name in made else compared(lines))
         except (LookupError, TypeError, ValueError) as error:
             raise SystemExit(f"render.py: results/README.md: table {name!r}: a row names what is "
                              f"not there: {error!r}") from None
@@ -413,7 +413,7 @@ def placed(*texts: str) -> list[str]:
     places, row = tags(), re.compile(rf"^\| ((?:{KINDS})[^|]*?) \| `[^`]*` \|", re.M)
     agree("READMEs: row", row.findall("\n".join(texts)), "the code", [*places])
     return [row.sub(lambda match: f"| {match[1]} | `{places[match[1]]}` |", text)
-            for text in map(counted, texts)]
+            for text in texts]
 
 
 def counted(text: str) -> str:
@@ -435,40 +435,29 @@ def rendered() -> dict[Path, str]:
     """Each file that is made, in part, from logs and code -> the text that it should have."""
     lesson, results = ROOT / "README.md", HERE / "README.md"
     texts = placed(lesson.read_text("utf-8"), filled(results.read_text("utf-8")))
-    return dict(zip((lesson, results), texts))
+    return dict(zip((lesson, results), map(counted, texts)))
 
 
 # -------------------------------------------------------------------------------------- the figures
 # A line goes through the medians of the seeds, each of which is a dot.
 
-def dotted(axis, points: dict[float, list[float]], colour, label: str, **style):
+def dotted(axis, points: dict[float, list[float]], colour, label: str):
     """x -> the y of all seeds."""
     x, y = zip(*sorted(points.items()))
-    axis.plot(x, [*map(np.median, y)], color=colour, label=label, lw=1.2, **style)
+    axis.plot(x, [*map(np.median, y)], color=colour, label=label, lw=1.2)
     for at, seeds in zip(x, y):
         axis.plot([at] * len(seeds), seeds, "o", ms=2.5, mew=0, alpha=0.6, color=colour)
 
 
-def course(pattern: str, n: int) -> dict[tuple[int, int], list[float]]:
-    """In the course of training with N = n: step, tokens -> exact accuracy of all seeds, in %."""
+def spent(pattern: str, n: int) -> tuple[list[int], list[float], list[list[float]]]:
+    """In the course of training with N = n: tokens, FLOPs, exact accuracy of all seeds in %."""
     points = defaultdict(list)
     for log in experiment(pattern)[1]:
         for record in log.records:
             if record["loops"] == n:
-                points[record["step"], record["tokens"]] += exact([record])
-    return points
-
-
-def spent(pattern: str, n: int) -> tuple[list[int], list[float], list[list[float]]]:
-    """In the course of training with N = n: tokens, FLOPs, exact accuracy of all seeds in %."""
-    points, of_step = course(pattern, n), flops(pattern, n)
-    return ([tokens for _, tokens in points], [of_step[step] for step, _ in points],
-            [*points.values()])
-
-
-def against_tokens(axis, pattern: str, n: int, label: str):
-    points = {tokens / 1e6: y for (_, tokens), y in course(pattern, n).items()}
-    dotted(axis, points, COLOURS[n], label)
+                points[record["tokens"], flops(pattern, n) * record["step"]] += exact([record])
+    tokens, cost = map(list, zip(*points))
+    return tokens, cost, [*points.values()]
 
 
 def floor_line(axis, pattern: str):
@@ -476,21 +465,17 @@ def floor_line(axis, pattern: str):
     axis.axhline(100 * floor, **FLOOR, label="floor")
 
 
-def floors_by(axis, floors: dict[int, float]):
-    """x -> the floor there."""
-    axis.plot([*floors], [100 * y for y in floors.values()], **FLOOR, label="floor")
-
-
-def outside(axis, **style):
+def outside(axis):
     """A legend to the right of the axes."""
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), **style)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def laptop(figure):
     """The default run: exact accuracy against tokens."""
     axis = figure.subplots()
     for n in experiment(LAPTOP)[0]:
-        against_tokens(axis, LAPTOP, n, f"N = {n}")
+        tokens, _, seeds = spent(LAPTOP, n)
+        dotted(axis, {x / 1e6: y for x, y in zip(tokens, seeds)}, COLOURS[n], f"N = {n}")
     floor_line(axis, LAPTOP)
     axis.set(xlabel="training tokens, millions", ylabel="exact, %", ylim=(0, 102))
     outside(axis)
@@ -518,11 +503,12 @@ def reach(figure):
     for axis, name, price in ((axes[0], "training tokens, millions", lambda t, n: 1e-6),
                               (axes[1], "training PFLOPs",
                                lambda t, n: 1e-15 * flops_of_a_token(t, n))):
-        for n in REACH_N:
-            dotted(axis, {t: [price(t, n) * x for x in tokens_to(t, n, 0.3)]
-                          for t in REACH_T if reach_logs(t, n)}, COLOURS[n], f"N = {n}")
+        for n, colour in COLOURS.items():
+            if points := {t: [price(t, n) * x for x in tokens_to(t, n, 0.3)]
+                          for t in PROTOCOL if reach_logs(t, n)}:
+                dotted(axis, points, colour, f"N = {n}")
         axis.set(xlabel="t, steps of the automaton", ylabel=f"{name}, to 30 % exact", yscale="log",
-                 xticks=REACH_T)
+                 xticks=[*PROTOCOL])
         axis.yaxis.set_major_formatter("{x:g}")
     outside(axes[1])
 
@@ -590,7 +576,7 @@ def tasks(figure):
             records = ends(pattern, n)
             floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
             dotted(axis, {x: exact(records, str(x)) for x in floors}, COLOURS[n], f"N = {n}")
-        floors_by(axis, floors)
+        axis.plot([*floors], [100 * y for y in floors.values()], **FLOOR, label="floor")
         axis.set(xlabel=label, ylim=(0, 102), xticks=[*floors])
     axes[0].set(ylabel="exact, %")
     outside(axes[1])
