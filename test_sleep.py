@@ -2198,7 +2198,7 @@ def test_reach(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "lr_factor", lambda *x: rates.append(factor(*x)) or rates[-1])
     monkeypatch.setattr(reach, "__file__", f"{logs}.py")
-    monkeypatch.setattr(reach, "PROTOCOL", {1: (6 * 512 * 10 / 1e6, 2)})  # six steps
+    monkeypatch.setattr(reach, "PROTOCOL", {1: (6 * 512 * 10 / 1e6, 2, 0.9)})  # six steps
     arguments = [*TINY, "--batch=512", "--loops=2", "--layout=aa"]
     [same] = run_of(tmp_path, "--seed=1 --steps=0 --eval_size=4096", arguments)
     monkeypatch.setattr(train, "evaluation", lambda *x: reach.evaluation(*x))
