@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import combinations, product
 from math import comb
@@ -288,31 +288,37 @@ def flops_of_a_token(t: int, n: int) -> float:
 
 def seconds_to(t: int, n: int, level: float) -> list[float]:
     """Of each seed: seconds of training and evaluation until the level is reached, start and
-    compiling aside: they end before the second evaluation."""
+    compiling aside: the median seconds of a step times the steps."""
     seconds = []
     for log in reach_logs(t, n):
-        (_, first, *_, last), at = log.records, reached(log, level)
-        of_a_step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-        seconds.append(at["step"] * of_a_step if at else np.inf)
+        at, of_a_step = reached(log, level), [
+            (two["seconds"] - one["seconds"]) / (two["step"] - one["step"])
+            for one, two in zip(log.records, log.records[1:])]
+        seconds.append(at["step"] * np.median(of_a_step) if at else np.inf)
     return seconds
 
 
 def reach_table() -> str:
-    """Tokens until a share of the held-out sequences is exact, by t and N."""
+    """Tokens until a share of the held-out sequences is exact, by t and N; p against each smaller N
+    that was trained, for the first level and the last."""
     rows = []
     for t, n in product(PROTOCOL, COLOURS):
         if logs := reach_logs(t, n):
-            tokens = {level: [x / 1e6 for x in tokens_to(t, n, level)] for level in (0.3, 0.5, 0.9)}
-            fewer = np.median(tokens_to(t, 1, 0.3)) / np.median(tokens_to(t, n, 0.3))
-            dearer = flops_of_a_token(t, n) / flops_of_a_token(t, 1)
-            rows.append([f"{t}", f"{n}", f"{len(logs)}",
-                         *(median_and_range(tokens[level]) for level in (0.3, 0.5, 0.9)),
-                         f"{fewer:.2f}", f"{dearer:.2f}", median_and_range(seconds_to(t, n, 0.9)),
-                         joined(card(log.header) for log in logs),
-                         joined(log.header["commit"] for log in logs)])
+            at, last = {m: partial(tokens_to, t, m) for m in COLOURS}, PROTOCOL[t][2]
+            less = [m for m in COLOURS if m < n and reach_logs(t, m)]
+            rows.append([
+                f"{t}", f"{n}", f"{len(logs)}",
+                *(median_and_range([x / 1e6 for x in at[n](level)]) if level <= last else "-"
+                  for level in (0.3, 0.5, 0.9)),
+                f"{np.median(at[1](0.3)) / np.median(at[n](0.3)):.2f}",
+                f"{flops_of_a_token(t, n) / flops_of_a_token(t, 1):.2f}",
+                *("; ".join(f"N = {m}: {100 * mann_whitney(at[n](level), at[m](level)):.2g}"
+                            for m in less) or "-" for level in (0.3, last)),
+                median_and_range(seconds_to(t, n, last)), joined(card(log.header) for log in logs),
+                joined(log.header["commit"] for log in logs)])
     return table("t | N | seeds | tokens to 30 %, millions | to 50 % | to 90 % | times fewer to "
-                 "30 % than N = 1 | FLOPs of a token, times those of N = 1 | seconds to 90 % | "
-                 "device | commit", rows)
+                 "30 % than N = 1 | FLOPs of a token, times those of N = 1 | p of 30 %, % | p of "
+                 "the last level, % | seconds to it | device | commit", rows)
 
 
 def mann_whitney(ours: list[float], theirs: list[float]) -> float:
@@ -481,35 +487,24 @@ def laptop(figure):
     outside(axis)
 
 
-def coin(figure):
-    """Tokens and FLOPs until 90 % are exact at t = 8: a dot for each seed."""
-    figure.set_size_inches(7, 2.4)
-    for axis, label, of in zip(figure.subplots(1, 2), ("training tokens, millions",
-                                                       "training PFLOPs"),
-                               (lambda n: 1e-6, lambda n: 1e-15 * flops_of_a_token(8, n))):
-        for n in (1, 2, 4):
-            x = [of(n) * run["tokens_to"]["90"] for run in coin_runs()
-                 if (run["setting"], run["loops"]) == ("as --paper has it", n)]
-            axis.plot(x, [f"N = {n}"] * len(x), "o", ms=4, mew=0, alpha=0.7, color=COLOURS[n])
-            axis.plot(np.median(x), f"N = {n}", "|", ms=14, color=COLOURS[n])
-        axis.set(xlabel=f"{label}, to 90 % exact at t = 8", xlim=(0, None), ylim=(2.5, -0.5))
-
-
 def reach(figure):
     """Tokens, and FLOPs, until 30 % of the held-out sequences are exact, by t: a dot for each seed,
-    a line through the medians."""
-    figure.set_size_inches(7, 3.4)
+    a line through the medians. Of at least three seeds."""
     axes = figure.subplots(1, 2)
     for axis, name, price in ((axes[0], "training tokens, millions", lambda t, n: 1e-6),
                               (axes[1], "training PFLOPs",
                                lambda t, n: 1e-15 * flops_of_a_token(t, n))):
         for n, colour in COLOURS.items():
-            if points := {t: [price(t, n) * x for x in tokens_to(t, n, 0.3)]
-                          for t in PROTOCOL if reach_logs(t, n)}:
+            of = [t for t in PROTOCOL if len(reach_logs(t, n)) >= 3]
+            if of:
+                points = {t + (n - 2.5) / 10: [price(t, n) * x for x in tokens_to(t, n, 0.3)]
+                          for t in of}  # beside each other
                 dotted(axis, points, colour, f"N = {n}")
-        axis.set(xlabel="t, steps of the automaton", ylabel=f"{name}, to 30 % exact", yscale="log",
-                 xticks=[*PROTOCOL])
+                axis.set(xticks=of)
+        axis.set(xlabel="t, steps of the automaton", ylabel=f"{name}, to 30 %", yscale="log")
+        axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     outside(axes[1])
 
 
@@ -608,7 +603,7 @@ def draw(folder: Path):
     from matplotlib.figure import Figure
     look = {"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    figures = [laptop, coin, fig2b, small, scarce, tasks, speed]
+    figures = [laptop, fig2b, small, scarce, tasks, speed]
     if read("reach/*.jsonl"):
         figures.append(reach)
     for make in figures:
