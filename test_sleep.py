@@ -2354,8 +2354,7 @@ def test_additions_of_the_readme_work(tmp_path, start):
     """Guards "add a task" and "add an update rule": in a copy, made as the README says."""
     there = tmp_path / "copy"
     shutil.copytree(HERE, there, ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
-    task, reader, rule, literal = (
-        block for block in BLOCKS if re.search("class|def|READ|RULES", block))
+    task, rule, checks = (block for block in BLOCKS if re.search("class|def", block))
     for name, line, new in (
             ("data.py", "\nTASKS = {", f'\n{task}\n\nTASKS = {{"parity": Parity, '),
             ("model.py", "\nRULES = {", f'\n{rule}\n\nRULES = {{"linear": linear, ')):
@@ -2363,7 +2362,7 @@ def test_additions_of_the_readme_work(tmp_path, start):
         assert text.count(line) == 1
         (there / name).write_text(text.replace(line, new))
     text = (there / "test_sleep.py").read_text()
-    (there / "test_sleep.py").write_text(f"{text}\n\n{reader}\n\n{literal}")
+    (there / "test_sleep.py").write_text(f"{text}\n\n{checks}")
     (there / "everything.py").write_text(  # in one process, since imports take long
         "import pytest, train\n"
         "from results import render\n"
