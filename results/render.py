@@ -501,7 +501,7 @@ def reach(figure):
                           for t in of}  # beside each other
                 dotted(axis, points, colour, f"N = {n}")
                 axis.set(xticks=of)
-        axis.set(xlabel="t, steps of the automaton", ylabel=f"{name}, to 30 %", yscale="log")
+        axis.set(xlabel="t, steps of the automaton", ylabel=f"{name},\nto 30 % exact", yscale="log")
         axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
