@@ -91,7 +91,8 @@ class Task:
     It defines batch(batch_size, random, split, level) -> tokens, targets: int64 (B, T) on the
     device of `random`, where all that is drawn comes from. Targets are IGNORE where not scored."""
     words: str | list[str]           # the vocabulary, a word for each token
-    options: dict[str, str] = {}     # parameters of the constructor, with their help
+    options: dict[str, str] = {}     # its parameters, with their help: whole numbers or text, named
+                                     # as no other option is
     levels: tuple[int, ...] = (0,)   # for evaluation one by one; level = None is training's mixture
     shown: dict = {}                 # options of the example that `python data.py` prints
 

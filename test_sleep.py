@@ -2294,12 +2294,15 @@ def test_a_level_is_reached_by_two_evaluations_on_end(tmp_path, monkeypatch):
     monkeypatch.setattr(render, "read", render.read.__wrapped__)
     (tmp_path / "reach").mkdir()
     for seed, scores in enumerate(((0, 0.4, 0.2, 0.3, 0.5), (0, 0.4, 0.2, 0.4, 0.2)), 1):
-        records = [{"exact": x, "step": i, "tokens": 100 * i, "seconds": 60 + 2 * i}
-                   for i, x in enumerate(scores)]
+        records = [{"exact": x, "step": i, "tokens": 100 * i, "seconds": 60 + 2 * i + 9 * (i == 4)}
+                   for i, x in enumerate(scores)]  # the last step began anew
         (tmp_path / f"reach/t8-N2-s{seed}.jsonl").write_text(
             "\n".join(map(json.dumps, [{"config": {"seed": seed}}, *records])))
     assert render.tokens_to(8, 2, 0.3) == [300, math.inf]
     assert render.seconds_to(8, 2, 0.3) == [6, math.inf]
+    (tmp_path / "reach/t8-N1-s1.jsonl").write_text('{"config": {"seed": 1, "batch": 9}}')
+    with pytest.raises(SystemExit, match="must differ in N and the seed alone"):
+        render.tokens_to(8, 2, 0.3)
 
 
 def test_figures_are_drawn(tmp_path):
@@ -2389,7 +2392,7 @@ def test_numbers_of_the_readme_stand_in_the_results():
     results = (HERE / "results/README.md").read_text()
     tables = "\n".join(re.findall(r"^\|.*", results, re.M))
     said = README + re.sub(r"^\|.*", "", results, flags=re.M)
-    numbers = re.findall(r"(?<![\d.])\d+\.\d(?=\s%|,\s+N\s=|\sand\s\d+\.\d\s%)", said)
+    numbers = re.findall(r"(?<![\d.])\d+\.\d(?=\s%|\smillion|,\s+N\s=|\sand\s\d+\.\d\s%)", said)
     missing = [x for x in numbers if not re.search(rf"(?<![\d.]){x}(?![\d.])", tables)]
     assert len(numbers) > 15 and not missing
 

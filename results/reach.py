@@ -2,9 +2,10 @@
 
 Trains a model for each seed of the list and each N, at a constant rate, until enough of the
 held-out sequences are exact in two evaluations on end, or until the tokens are spent: PROTOCOL has
-both for each t. Other options are those of train.py. results/reach/tT-NN-sS.jsonl gets a header and every
-evaluation. A log that is there is not made again, and a run that was stopped goes on. On several
-GPUs give each process one (CUDA_VISIBLE_DEVICES) and all the same command: they share the runs.
+both for each t. Other options are those of train.py. results/reach/tT-NN-sS.jsonl gets a header and
+every evaluation. A log that is there is not made again, and a run that was stopped goes on. On
+several GPUs give each process one (CUDA_VISIBLE_DEVICES) and all the same command: they share the
+runs.
 """
 
 import gc

@@ -236,19 +236,13 @@ def asked_table() -> str:
     return table(" | ".join(["trained with", *(f"asked after {n}" for n in others)]), rows)
 
 
-@cache
-def coin_runs() -> list[dict]:
-    """Every run of coin.jsonl."""
-    return [json.loads(x) for x in (HERE / "coin.jsonl").read_text("utf-8").splitlines()]
-
-
 def coin_table() -> str:
     """Training tokens, in millions, until 90 % of the held-out sequences are exact: the median, the
     fewest and the most, how many times the fewest the most are, p against N = 1, and the number of
     seeds if it is not 5. Of settings that were tried with more passes than one."""
-    rows = []
-    for setting in dict.fromkeys(run["setting"] for run in coin_runs() if run["loops"] > 1):
-        cells, of = [], {n: [run["tokens_to"]["90"] / 1e6 for run in coin_runs()
+    rows, runs = [], [*map(json.loads, (HERE / "coin.jsonl").read_text("utf-8").splitlines())]
+    for setting in dict.fromkeys(run["setting"] for run in runs if run["loops"] > 1):
+        cells, of = [], {n: [run["tokens_to"]["90"] / 1e6 for run in runs
                              if (run["setting"], run["loops"]) == (setting, n)] for n in (1, 2, 4)}
         for n, x in of.items():
             p = f", p {100 * mann_whitney(x, of[1]):.2g} %" if n > 1 else ""
@@ -260,29 +254,30 @@ def coin_table() -> str:
 
 
 def reach_logs(t: int, n: int) -> list[Log]:
-    """The logs of results/reach.py. Exits in one line if they differ in more than the seed."""
-    logs = read(f"reach/t{t}-N{n}-s*.jsonl")
-    if len({json.dumps(log.header["config"] | {"seed": 0}) for log in logs}) > 1:
-        raise SystemExit(f"render.py: reach/t{t}-N{n}: its logs must differ in the seed alone")
-    return logs
+    """The logs of results/reach.py. Exits in one line if those of t differ in more than N and the
+    seed."""
+    if len({json.dumps(log.header["config"] | {"seed": 0, "loops": 0})
+            for log in read(f"reach/t{t}-*.jsonl")}) > 1:
+        raise SystemExit(f"render.py: reach/t{t}-*.jsonl: must differ in N and the seed alone")
+    return read(f"reach/t{t}-N{n}-s*.jsonl")
 
 
 def reached(log: Log, level: float) -> dict | None:
-    """The first of two evaluations on end with so many sequences exact; None: not by the cap."""
+    """The first of two evaluations on end with so many sequences exact; None: not in this run."""
     return next((one for one, two in zip(log.records, log.records[1:])
                  if min(one["exact"], two["exact"]) >= level), None)
 
 
 def tokens_to(t: int, n: int, level: float) -> list[float]:
-    """Training tokens of each seed until the level is reached; infinite if not by the cap."""
+    """Training tokens of each seed until the level is reached; infinite if it is not."""
     at = [reached(log, level) for log in reach_logs(t, n)]
     return [record["tokens"] if record else np.inf for record in at]
 
 
 @cache
 def flops_of_a_token(t: int, n: int) -> float:
-    """Training FLOPs of a token with --paper."""
-    total, tokens = flops_of_a_sequence(train.parse(train.get_parser(), ["--paper", f"--t={t}"]), n)
+    """Training FLOPs of a token in the runs of results/reach.py."""
+    total, tokens = flops_of_a_sequence(reach_logs(t, n)[0].header["config"], n)
     return total / tokens
 
 
@@ -304,8 +299,8 @@ def reach_table() -> str:
     rows = []
     for t, n in product(PROTOCOL, COLOURS):
         if logs := reach_logs(t, n):
-            at, last = {m: partial(tokens_to, t, m) for m in COLOURS}, PROTOCOL[t][2]
-            less = [m for m in COLOURS if m < n and reach_logs(t, m)]
+            of, last = [m for m in COLOURS if m <= n and reach_logs(t, m)], PROTOCOL[t][2]
+            at = {m: partial(tokens_to, t, m) for m in of}
             rows.append([
                 f"{t}", f"{n}", f"{len(logs)}",
                 *(median_and_range([x / 1e6 for x in at[n](level)]) if level <= last else "-"
@@ -313,7 +308,7 @@ def reach_table() -> str:
                 f"{np.median(at[1](0.3)) / np.median(at[n](0.3)):.2f}",
                 f"{flops_of_a_token(t, n) / flops_of_a_token(t, 1):.2f}",
                 *("; ".join(f"N = {m}: {100 * mann_whitney(at[n](level), at[m](level)):.2g}"
-                            for m in less) or "-" for level in (0.3, last)),
+                            for m in of[:-1]) or "-" for level in (0.3, last)),
                 median_and_range(seconds_to(t, n, last)), joined(card(log.header) for log in logs),
                 joined(log.header["commit"] for log in logs)])
     return table("t | N | seeds | tokens to 30 %, millions | to 50 % | to 90 % | times fewer to "
@@ -321,12 +316,18 @@ def reach_table() -> str:
                  "the last level, % | seconds to it | device | commit", rows)
 
 
+@cache
+def deals(total: int, size: int) -> np.ndarray:
+    """All ways to choose so many of the first `total` numbers, a row each."""
+    return np.array([*combinations(range(total), size)])
+
+
 def mann_whitney(ours: list[float], theirs: list[float]) -> float:
     """The p of the exact two-sided Mann-Whitney test: of all ways to deal these values to two
     groups of these sizes, the share whose rank sum is as far from its mean, or farther."""
     values = np.array([*ours, *theirs])
     ranks = (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
-    sums = ranks[np.array([*combinations(range(len(values)), len(ours))])].sum(1)
+    sums = ranks[deals(len(values), len(ours))].sum(1)
     far = abs(sums - sums.mean())
     return (far >= abs(ranks[:len(ours)].sum() - sums.mean()) - 1e-9).mean()
 
@@ -383,9 +384,8 @@ def speed_tables() -> str:
 
 def filled(text: str) -> str:
     """results/README.md with every table as the logs have it."""
-    made = {"asked": asked_table, "coin": coin_table, "dream": dream_table, "speed": speed_tables}
-    if read("reach/*.jsonl"):
-        made["reach"] = reach_table
+    made = {"asked": asked_table, "coin": coin_table, "dream": dream_table, "reach": reach_table,
+            "speed": speed_tables}
     rows = rows_of(text)
     agree("results/README.md: table", [name for name, _ in BLOCK.findall(text)],
           "results/render.py", [*rows, *made, "comparisons"])
@@ -491,17 +491,17 @@ def reach(figure):
     """Tokens, and FLOPs, until 30 % of the held-out sequences are exact, by t: a dot for each seed,
     a line through the medians. Of at least three seeds."""
     axes = figure.subplots(1, 2)
+    seeds = {(t, n): len(reach_logs(t, n)) for t, n in product(PROTOCOL, COLOURS)}
     for axis, name, price in ((axes[0], "training tokens, millions", lambda t, n: 1e-6),
                               (axes[1], "training PFLOPs",
                                lambda t, n: 1e-15 * flops_of_a_token(t, n))):
         for n, colour in COLOURS.items():
-            of = [t for t in PROTOCOL if len(reach_logs(t, n)) >= 3]
-            if of:
-                points = {t + (n - 2.5) / 10: [price(t, n) * x for x in tokens_to(t, n, 0.3)]
-                          for t in of}  # beside each other
+            points = {t + (n - 2.5) / 10: [price(t, n) * x for x in tokens_to(t, n, 0.3)]
+                      for t in PROTOCOL if seeds[t, n] >= 3}  # beside each other
+            if points:
                 dotted(axis, points, colour, f"N = {n}")
-                axis.set(xticks=of)
-        axis.set(xlabel="t, steps of the automaton", ylabel=f"{name},\nto 30 % exact", yscale="log")
+        axis.set(xlabel="t, steps of the automaton", ylabel=f"{name},\nto 30 % exact", yscale="log",
+                 xticks=sorted({t for t, n in seeds if seeds[t, n] >= 3}))
         axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
@@ -603,10 +603,7 @@ def draw(folder: Path):
     from matplotlib.figure import Figure
     look = {"svg.hashsalt": "sleep", "svg.fonttype": "none", "font.size": 9,
             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    figures = [laptop, fig2b, small, scarce, tasks, speed]
-    if read("reach/*.jsonl"):
-        figures.append(reach)
-    for make in figures:
+    for make in (laptop, reach, fig2b, small, scarce, tasks, speed):
         with matplotlib.rc_context(look):
             make(figure := Figure(figsize=(7, 2.8), layout="constrained"))
             figure.savefig(svg := io.BytesIO(), format="svg",
