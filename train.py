@@ -358,7 +358,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--d_model", type=whole(1), default=64, help="width d (the paper: 256)")
     add("--n_head", type=whole(1), default=4, help="heads H of every block")
     add("--rule", choices=CHOICES["rule"], default="gdn",
-        help="update of S: Gated DeltaNet, or without its decay, or without its delta rule")
+        help="update of S: Gated DeltaNet (gdn), or without its decay, or without its delta rule")
 
     add = p.add_argument_group("sleep").add_argument
     add("--loops", type=counts, default="1,2", metavar="N[,N...]",

@@ -2,8 +2,8 @@
 
 A variant replaces a function or a class of ours and then trains, logs, goes on with --resume and
 shows its table like train.py, whose OPTIONS it takes. Join several with +: embed+position. To try
-an idea of your own, copy a variant: it returns what it replaces as (module, name, new). The
-docstrings name each doubt, and where its answer stands.
+an idea of your own, copy a variant: it returns what it replaces as (module, name, new). After the
+last pass asleep h may be None. The docstrings name each doubt, and where its answer stands.
 """
 
 import argparse
