@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import time
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -31,6 +31,12 @@ PROTOCOL = {4: (100, 20, 0.9), 8: (100, 20, 0.9), 10: (200, 40, 0.9), 12: (400, 
             16: (1000, 100, 0.5), 32: (5000, 1000, 0.3)}
 CONSTANT = 0.6   # the part of a run whose rate is constant: train.lr_factor
 SAVE_EVERY = 60  # seconds between checkpoints
+
+
+def reached(records: list[dict], level: float) -> dict | None:
+    """The first of two evaluations on end with so many sequences exact; None: there is none."""
+    return next((one for one, two in pairwise(records)
+                 if min(one["exact"], two["exact"]) >= level), None)
 
 
 class Done(Exception):
@@ -56,8 +62,7 @@ class Reach(train.Run):
         """Ends the run at its last level, and else saves it now and then."""
         self.records.append(record)
         last = PROTOCOL[self.task.t][2]
-        if (len(self.records) > 1 and min(x["exact"] for x in self.records[-2:]) >= last
-                or self.step >= CONSTANT * self.options.steps):
+        if reached(self.records[-2:], last) or self.step >= CONSTANT * self.options.steps:
             raise Done
         if time.monotonic() > self.saved + SAVE_EVERY:
             self.save()

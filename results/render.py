@@ -12,9 +12,9 @@ import json
 import re
 import sys
 from collections import defaultdict
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ if __name__ == "__main__":  # run as a program, Python only looks beside this fi
 
 import train  # noqa: E402
 from results.bench import model_flops  # noqa: E402
-from results.reach import PROTOCOL  # noqa: E402
+from results.reach import PROTOCOL, reached  # noqa: E402
 
 KINDS = r"Eq\.|Alg\.|Choice:|Differs:"  # of tags
 COLOURS = {1: "#888888", 2: "#2a6fbb", 3: "#3f9b57", 4: "#c4442b"}  # of every N that was trained
@@ -262,15 +262,9 @@ def reach_logs(t: int, n: int) -> list[Log]:
     return read(f"reach/t{t}-N{n}-s*.jsonl")
 
 
-def reached(log: Log, level: float) -> dict | None:
-    """The first of two evaluations on end with so many sequences exact; None: not in this run."""
-    return next((one for one, two in zip(log.records, log.records[1:])
-                 if min(one["exact"], two["exact"]) >= level), None)
-
-
 def tokens_to(t: int, n: int, level: float) -> list[float]:
     """Training tokens of each seed until the level is reached; infinite if it is not."""
-    at = [reached(log, level) for log in reach_logs(t, n)]
+    at = [reached(log.records, level) for log in reach_logs(t, n)]
     return [record["tokens"] if record else np.inf for record in at]
 
 
@@ -286,9 +280,9 @@ def seconds_to(t: int, n: int, level: float) -> list[float]:
     compiling aside: the median seconds of a step times the steps."""
     seconds = []
     for log in reach_logs(t, n):
-        at, of_a_step = reached(log, level), [
+        at, of_a_step = reached(log.records, level), [
             (two["seconds"] - one["seconds"]) / (two["step"] - one["step"])
-            for one, two in zip(log.records, log.records[1:])]
+            for one, two in pairwise(log.records)]
         seconds.append(at["step"] * np.median(of_a_step) if at else np.inf)
     return seconds
 
@@ -299,16 +293,16 @@ def reach_table() -> str:
     rows = []
     for t, n in product(PROTOCOL, COLOURS):
         if logs := reach_logs(t, n):
-            of, last = [m for m in COLOURS if m <= n and reach_logs(t, m)], PROTOCOL[t][2]
-            at = {m: partial(tokens_to, t, m) for m in of}
+            less, last = [m for m in COLOURS if m < n and reach_logs(t, m)], PROTOCOL[t][2]
+            of = {level: tokens_to(t, n, level) for level in (0.3, 0.5, 0.9)}
             rows.append([
                 f"{t}", f"{n}", f"{len(logs)}",
-                *(median_and_range([x / 1e6 for x in at[n](level)]) if level <= last else "-"
-                  for level in (0.3, 0.5, 0.9)),
-                f"{np.median(at[1](0.3)) / np.median(at[n](0.3)):.2f}",
+                *(median_and_range([x / 1e6 for x in of[level]]) if level <= last else "-"
+                  for level in of),
+                f"{np.median(tokens_to(t, 1, 0.3)) / np.median(of[0.3]):.2f}",
                 f"{flops_of_a_token(t, n) / flops_of_a_token(t, 1):.2f}",
-                *("; ".join(f"N = {m}: {100 * mann_whitney(at[n](level), at[m](level)):.2g}"
-                            for m in of[:-1]) or "-" for level in (0.3, last)),
+                *("; ".join(f"N = {m}: {100 * mann_whitney(of[level], tokens_to(t, m, level)):.2g}"
+                            for m in less) or "-" for level in (0.3, last)),
                 median_and_range(seconds_to(t, n, last)), joined(card(log.header) for log in logs),
                 joined(log.header["commit"] for log in logs)])
     return table("t | N | seeds | tokens to 30 %, millions | to 50 % | to 90 % | times fewer to "
