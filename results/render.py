@@ -146,9 +146,8 @@ def asked_after(pattern: str, n: int) -> dict[str, list[dict]]:
 
 
 def exact(records: list[dict], level: str | None = None) -> list[float]:
-    """Of each record, in %: at a level, or at the hardest one, where there are several."""
-    by_level = [record.get("levels", {"only": record}) for record in records]
-    return [100 * levels[level or [*levels][-1]]["exact"] for levels in by_level]
+    """Of each record, in %: at a level, or of all there is."""
+    return [100 * (record["levels"][level] if level else record)["exact"] for record in records]
 
 
 def card(header: dict) -> str:
@@ -169,10 +168,12 @@ def median_and_range(values: list[float]) -> str:
     return middle if len(values) == 1 else f"{middle} [{low}, {high}]"
 
 
-def levels(records: list[dict], score: str) -> list[str]:
-    """A score over the seeds' records, of each level, in %."""
-    by_level = zip(*(record.get("levels", {0: record}).values() for record in records))
-    return [median_and_range([100 * level[score] for level in seeds]) for seeds in by_level]
+def scored(pattern: str, n: int, level: str | None = None) -> str:
+    """Exact accuracy of the seeds with N = n, and each other N that they are ahead of."""
+    ours, theirs = exact(ends(pattern, n), level), {
+        m: exact(ends(pattern, m), level) for m in experiment(pattern)[0] if m != n}
+    behind = ", ".join(f"{m}" for m in theirs if ahead(ours, theirs[m]))
+    return median_and_range(ours) + (behind and f" > N = {behind}")
 
 
 def row_of(row: Row) -> list[str]:
@@ -183,8 +184,8 @@ def row_of(row: Row) -> list[str]:
     by_level = "levels" in last[0]
     return [row.name, f"`{row.command}`", f"`{row.logs}`",
             "below" if by_level else "; ".join(
-                f"N = {n}: {levels(ends(row.logs, n), 'exact')[0]}" for n in loops),
-            "below" if by_level else joined(levels([record], "floor")[0] for record in last),
+                f"N = {n}: {scored(row.logs, n)}" for n in loops),
+            "below" if by_level else joined(f"{100 * record['floor']:.1f}" for record in last),
             f"{seeds}", f"{last[0]['tokens'] / 1e6:.1f}M",
             f"{minutes / seeds:.1f} {joined(card(log.header) for log in logs)}",
             joined(log.header["commit"] for log in logs),
@@ -194,12 +195,12 @@ def row_of(row: Row) -> list[str]:
 
 def runs_table(rows: list[Row]) -> str:
     """A table of runs; where a task has levels, exact by level in a second one below."""
-    text, first = table(RUNS, map(row_of, rows)), read(rows[0].logs)[0].records[0]
-    if "levels" in first:
-        text += "\n\n" + table(" | ".join(["exact, % by level", *first["levels"]]), [
-            *([f"{row.name}, N = {n}", *levels(ends(row.logs, n), "exact")]
+    text = table(RUNS, map(row_of, rows))
+    if of := read(rows[0].logs)[0].records[0].get("levels"):
+        text += "\n\n" + table(" | ".join(["exact, % by level", *of]), [
+            *([f"{row.name}, N = {n}", *(scored(row.logs, n, level) for level in of)]
               for row in rows for n in experiment(row.logs)[0]),
-            ["floor", *levels([first], "floor")]])
+            ["floor", *(f"{100 * level['floor']:.1f}" for level in of.values())]])
     return text
 
 
@@ -224,15 +225,14 @@ def flops_of_a_sequence(config: dict, n: int) -> tuple[float, int]:
 
 def asked_table() -> str:
     """Exact accuracy of models trained with one N and asked after another number of passes: of the
-    default task, and of GSM by operations."""
+    default task, and of GSM's problems of three operations."""
     rows, others = [], ["1", "2", "3", "4", "8"]
     for n in experiment(BASE)[0]:
         after = asked_after(BASE, n)
         rows.append([f"N = {n}", *(median_and_range(exact(after[other])) for other in others)])
     after = asked_after(GSM, 4)
-    rows += [[f"N = 4, GSM, {level} needed",
-              *(median_and_range(exact(after[other], level)) for other in others)]
-             for level in "1234"]
+    rows.append(["N = 4, GSM, three operations",
+                 *(median_and_range(exact(after[other], "3")) for other in others)])
     return table(" | ".join(["trained with", *(f"asked after {n}" for n in others)]), rows)
 
 
@@ -326,19 +326,25 @@ def mann_whitney(ours: list[float], theirs: list[float]) -> float:
     return (far >= abs(ranks[:len(ours)].sum() - sums.mean()) - 1e-9).mean()
 
 
+def ahead(ours: list[float], theirs: list[float]) -> bool:
+    """Are ours ahead of theirs, by the test at 1 %?"""
+    wins = np.sign(np.subtract.outer(ours, theirs)).sum()
+    return bool(wins > 0 and mann_whitney(ours, theirs) <= 0.01)
+
+
 def compared(lines: str) -> str:
     """The table of comparisons: each row names logs and N of a first and a second, and may name a
-    level; whether one is ahead is told by the test."""
+    level."""
     rows = []
     for asked, *pair, level in (cells[:4] for cells in cells_of(lines)):
         ours, theirs = (exact(ends(logs, int(n)), level if level != "-" else None)
                         for logs, n in (side.split(" N = ") for side in pair))
-        p = mann_whitney(ours, theirs)
-        ahead = "first" if np.sign(np.subtract.outer(ours, theirs)).sum() > 0 else "second"
+        if comb(len(ours + theirs), len(ours)) < 200:
+            raise ValueError(f"{pair}: too few seeds to tell")
         rows.append([asked, *(f"`{side}`" for side in pair), level,
                      *(f"{median_and_range(x)} ({len(x)})" for x in (ours, theirs)),
-                     f"{100 * p:.3g}", f"the {ahead}" if p <= 0.01 else
-                     "too few seeds" if comb(len(ours + theirs), len(ours)) < 200 else "neither"])
+                     f"{100 * mann_whitney(ours, theirs):.3g}", "the first" if ahead(ours, theirs)
+                     else "the second" if ahead(theirs, ours) else "neither"])
     return table(COMPARED, rows)
 
 
@@ -365,7 +371,7 @@ def speed_tables() -> str:
                              f"{row['flops'] / first['matrix_rate']:.1%}", peak,
                              *(f"{row[name]:.1f}" for name in (
                                  "first_step_s", "wake_ms", "sleep_ms")), header["commit"]])
-            else:
+            elif row["windows"] in (1, 1000):
                 held.append(tuple(f"{row[name]:,}" for name in (
                     "windows", "tokens", "S", "cache", "never_evicted")))
     return "\n\n".join([
@@ -390,8 +396,8 @@ def filled(text: str) -> str:
             content = (runs_table(rows[name]) if name in rows else
                        made[name]() if name in made else compared(lines))
         except (LookupError, TypeError, ValueError) as error:
-            raise SystemExit(f"render.py: results/README.md: table {name!r}: a row names what is "
-                             f"not there: {error!r}") from None
+            raise SystemExit(f"render.py: results/README.md: table {name!r}: a row cannot be "
+                             f"made: {error!r}") from None
         return f"<!-- table: {name} -->\n{content}\n<!-- end -->"
     return BLOCK.sub(fill, text)
 
