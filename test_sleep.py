@@ -2265,9 +2265,15 @@ def test_every_number_of_a_row_is_of_its_logs(tmp_path, monkeypatch):
         "a row", "`--t 4 --steps 8`", "`x*.jsonl`",
         "N = 1: 30.0 [25.0, 50.0]; N = 2: 60.0 [50.0, 100.0]", "25.0", "3", "3.0M", "3.0 H200",
         "c", "N = 1: 1; N = 2: 2"]
-    assert render.compared("head\n---\n| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` | - |").endswith(
-        "| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` | - | 60.0 [50.0, 100.0] (3) | "
-        "30.0 [25.0, 50.0] (3) | 20 | too few seeds |")
+    pair = "head\n---\n| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` | - |"
+    with pytest.raises(ValueError, match="too few seeds to tell"):
+        render.compared(pair)
+    for seed, score in enumerate((0.31, 0.29, 0.32, 0.33, 0.34), 1):
+        log(seed, score)
+    assert render.row_of(row)[3] == "N = 1: 32.0 [29.0, 34.0]; N = 2: 64.0 [58.0, 68.0] > N = 1"
+    assert render.compared(pair).endswith(
+        "| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` | - | 64.0 [58.0, 68.0] (5) | "
+        "32.0 [29.0, 34.0] (5) | 0.794 | the first |")
     for wrong, says in (({"t": 5}, "has t 5, not 4"), ({"position": "window"}, "position"),
                         ({"steps": 9}, "has steps 9")):
         log(2, 0.5, **wrong)
@@ -2349,14 +2355,15 @@ def test_commands_of_the_readme_parse():
             train.build(options | {"init": None, "dtype": "float32"})
 
 
-def test_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+def test_example_of_the_readme_runs(tmp_path, monkeypatch):
     """Guards the example of a trained model in use."""
     monkeypatch.chdir(tmp_path)
     run_of("out/rule110-001", "--loops 2")
-    [example] = [block for block in BLOCKS if block.startswith("import ")]
-    capsys.readouterr()
-    exec(example, {})
-    assert re.fullmatch("last answer [01] of [01]\n", capsys.readouterr().out)
+    [example] = [block for block in BLOCKS if "train.load" in block]
+    task, _, _ = train.load("out/rule110-001/N2.pt")
+    names = {"train": train, "sleep": sleep_file, "tokens": task.batch(1, generator(7, 0))[0]}
+    exec(example, names)
+    assert names["loops"] == 2 and names["logits"].shape == (1, 3)
 
 
 def test_additions_of_the_readme_work(tmp_path, start):
