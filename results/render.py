@@ -146,8 +146,9 @@ def asked_after(pattern: str, n: int) -> dict[str, list[dict]]:
 
 
 def exact(records: list[dict], level: str | None = None) -> list[float]:
-    """Of each record, in %: at a level, or of all there is."""
-    return [100 * (record["levels"][level] if level else record)["exact"] for record in records]
+    """Of each record, in %: at one level, or over all held-out sequences."""
+    return [100 * (record.get("levels", {})[level] if level else record)["exact"]
+            for record in records]
 
 
 def card(header: dict) -> str:
@@ -340,7 +341,7 @@ def compared(lines: str) -> str:
         ours, theirs = (exact(ends(logs, int(n)), level if level != "-" else None)
                         for logs, n in (side.split(" N = ") for side in pair))
         if comb(len(ours + theirs), len(ours)) < 200:
-            raise ValueError(f"{pair}: too few seeds to tell")
+            raise ValueError(f"{asked}: {len(ours)} and {len(theirs)} seeds are too few to tell")
         rows.append([asked, *(f"`{side}`" for side in pair), level,
                      *(f"{median_and_range(x)} ({len(x)})" for x in (ours, theirs)),
                      f"{100 * mann_whitney(ours, theirs):.3g}", "the first" if ahead(ours, theirs)
@@ -396,8 +397,8 @@ def filled(text: str) -> str:
             content = (runs_table(rows[name]) if name in rows else
                        made[name]() if name in made else compared(lines))
         except (LookupError, TypeError, ValueError) as error:
-            raise SystemExit(f"render.py: results/README.md: table {name!r}: a row cannot be "
-                             f"made: {error!r}") from None
+            why = error if type(error) is ValueError else f"a row names what is not there: {error}"
+            raise SystemExit(f"render.py: results/README.md: table {name!r}: {why}") from None
         return f"<!-- table: {name} -->\n{content}\n<!-- end -->"
     return BLOCK.sub(fill, text)
 
