@@ -341,7 +341,8 @@ def compared(lines: str) -> str:
         ours, theirs = (exact(ends(logs, int(n)), level if level != "-" else None)
                         for logs, n in (side.split(" N = ") for side in pair))
         if comb(len(ours + theirs), len(ours)) < 200:
-            raise ValueError(f"{asked}: {len(ours)} and {len(theirs)} seeds are too few to tell")
+            raise SystemExit(f"render.py: results/README.md: {asked}: {len(ours)} and "
+                             f"{len(theirs)} seeds are too few to tell")
         rows.append([asked, *(f"`{side}`" for side in pair), level,
                      *(f"{median_and_range(x)} ({len(x)})" for x in (ours, theirs)),
                      f"{100 * mann_whitney(ours, theirs):.3g}", "the first" if ahead(ours, theirs)
@@ -397,8 +398,8 @@ def filled(text: str) -> str:
             content = (runs_table(rows[name]) if name in rows else
                        made[name]() if name in made else compared(lines))
         except (LookupError, TypeError, ValueError) as error:
-            why = error if type(error) is ValueError else f"a row names what is not there: {error}"
-            raise SystemExit(f"render.py: results/README.md: table {name!r}: {why}") from None
+            raise SystemExit(f"render.py: results/README.md: table {name!r}: a row names what is "
+                             f"not there: {error!r}") from None
         return f"<!-- table: {name} -->\n{content}\n<!-- end -->"
     return BLOCK.sub(fill, text)
 
