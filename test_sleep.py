@@ -2265,14 +2265,14 @@ def test_every_number_of_a_row_is_of_its_logs(tmp_path, monkeypatch):
         "a row", "`--t 4 --steps 8`", "`x*.jsonl`",
         "N = 1: 30.0 [25.0, 50.0]; N = 2: 60.0 [50.0, 100.0]", "25.0", "3", "3.0M", "3.0 H200",
         "c", "N = 1: 1; N = 2: 2"]
-    pair = "head\n---\n| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` | - |"
+    pair = "head\n---\n| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` |"
     with pytest.raises(SystemExit, match="a: 3 and 3 seeds are too few to tell"):
         render.compared(pair)
     for seed, score in enumerate((0.31, 0.29, 0.32, 0.33, 0.34), 1):
         log(seed, score)
     assert render.row_of(row)[3] == "N = 1: 32.0 [29.0, 34.0]; N = 2: 64.0 [58.0, 68.0] > N = 1"
     assert render.compared(pair).endswith(
-        "| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` | - | 64.0 [58.0, 68.0] (5) | "
+        "| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` | 64.0 [58.0, 68.0] (5) | "
         "32.0 [29.0, 34.0] (5) | 0.794 | the first |")
     for wrong, says in (({"t": 5}, "has t 5, not 4"), ({"position": "window"}, "position"),
                         ({"steps": 9}, "has steps 9")):

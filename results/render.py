@@ -38,9 +38,9 @@ FREE = {*train.LEFT_OUT, "init", "seed", "loops", "eval_loops", "eval_every", "v
 BLOCK = re.compile(r"^<!-- table: (.*) -->\n((?:(?!<!-- ).*\n)*)<!-- end -->$", re.M)
 RUNS = ("experiment | command: `python train.py` ... | logs | exact, % | floor | seeds | tokens | "
         "minutes | commit | PFLOPs")
-COMPARED = "asked | first | second | level | exact, % of the first | of the second | p, % | ahead"
+COMPARED = "asked | first | second | exact, % of the first | of the second | p, % | ahead"
 LAPTOP, BASE = "laptop/seed*.jsonl", "small/base-s*.jsonl"  # what the figures show
-DEPO, GSM = "depo/nodes8-s*.jsonl", "gsm/ops6-half-s*.jsonl"
+GSM = "gsm/ops6-half-s*.jsonl"
 
 
 class Row(NamedTuple):
@@ -334,16 +334,15 @@ def ahead(ours: list[float], theirs: list[float]) -> bool:
 
 
 def compared(lines: str) -> str:
-    """The table of comparisons: each row names logs and N of a first and a second, and may name a
-    level."""
+    """The table of comparisons: each row names logs and N of a first and a second."""
     rows = []
-    for asked, *pair, level in (cells[:4] for cells in cells_of(lines)):
-        ours, theirs = (exact(ends(logs, int(n)), level if level != "-" else None)
+    for asked, *pair in (cells[:3] for cells in cells_of(lines)):
+        ours, theirs = (exact(ends(logs, int(n)))
                         for logs, n in (side.split(" N = ") for side in pair))
         if comb(len(ours + theirs), len(ours)) < 200:
             raise SystemExit(f"render.py: results/README.md: {asked}: {len(ours)} and "
                              f"{len(theirs)} seeds are too few to tell")
-        rows.append([asked, *(f"`{side}`" for side in pair), level,
+        rows.append([asked, *(f"`{side}`" for side in pair),
                      *(f"{median_and_range(x)} ({len(x)})" for x in (ours, theirs)),
                      f"{100 * mann_whitney(ours, theirs):.3g}", "the first" if ahead(ours, theirs)
                      else "the second" if ahead(theirs, ours) else "neither"])
@@ -555,7 +554,7 @@ def scarce(figure):
     """Training on 1,600 sequences again and again: exact accuracy against training FLOPs."""
     axis = figure.subplots()
     for n, name, colour, label in (
-            (1, "N1-for9600", COLOURS[1], "N = 1"), (4, "N4-for1600", COLOURS[4], "N = 4"),
+            (1, "N1-for9600", COLOURS[1], "N = 1"), (4, "N[24]-for1600", COLOURS[4], "N = 4"),
             (1, "blocks8-for1600", "tab:purple", "N = 1, eight blocks")):
         _, cost, y = spent(pattern := f"small/scarce1600-{name}-s*.jsonl", n)
         dotted(axis, {x / 1e12: seeds for x, seeds in zip(cost, y)}, colour, label)
@@ -567,12 +566,13 @@ def scarce(figure):
 def tasks(figure):
     """Exact accuracy on Depo by hops and on GSM by operations."""
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, pattern, label in zip(axes, (DEPO, GSM), (
+    for axis, rows, label in zip(axes, (TABLES["depo"], TABLES["gsm"][:1]), (
             "Depo: k, hops along the cycle", "GSM: operations")):
-        for n in experiment(pattern)[0]:
-            records = ends(pattern, n)
-            floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
-            dotted(axis, {x: exact(records, str(x)) for x in floors}, COLOURS[n], f"N = {n}")
+        for row in rows:
+            for n in experiment(row.logs)[0]:
+                records = ends(row.logs, n)
+                floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
+                dotted(axis, {x: exact(records, str(x)) for x in floors}, COLOURS[n], f"N = {n}")
         axis.plot([*floors], [100 * y for y in floors.values()], **FLOOR, label="floor")
         axis.set(xlabel=label, ylim=(0, 102), xticks=[*floors])
     axes[0].set(ylabel="exact, %")
