@@ -39,8 +39,7 @@ BLOCK = re.compile(r"^<!-- table: (.*) -->\n((?:(?!<!-- ).*\n)*)<!-- end -->$", 
 RUNS = ("experiment | command: `python train.py` ... | logs | exact, % | floor | seeds | tokens | "
         "minutes | commit | PFLOPs")
 COMPARED = "asked | first | second | exact, % of the first | of the second | p, % | ahead"
-LAPTOP, BASE = "laptop/seed*.jsonl", "small/base-s*.jsonl"  # what the figures show
-GSM = "gsm/ops6-half-s*.jsonl"
+LAPTOP, BASE, GSM = "laptop/seed*.jsonl", "small/base-s*.jsonl", "gsm/ops6-half-s*.jsonl"
 
 
 class Row(NamedTuple):
@@ -61,7 +60,7 @@ def rows_of(text: str) -> dict[str, list[Row]]:
     tables = BLOCK.findall(text)
     rows = {name: [Row(*(*cells, "", "")[:3]) for cells in cells_of(lines)]
             for name, lines in tables if lines.startswith("| experiment |")}
-    logs = [row.logs for of in rows.values() for row in of]
+    logs = [log for of in rows.values() for row in of for log in HERE.glob(row.logs)]
     if len({*logs}) < len(logs) or len(tables) < text.count("<!-- table: "):
         raise SystemExit("render.py: results/README.md: two rows name the same logs, or a table "
                          "has no <!-- end -->")
@@ -566,7 +565,7 @@ def scarce(figure):
 def tasks(figure):
     """Exact accuracy on Depo by hops and on GSM by operations."""
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, rows, label in zip(axes, (TABLES["depo"], TABLES["gsm"][:1]), (
+    for axis, rows, label in zip(axes, (TABLES["depo"], [ROWS[GSM]]), (
             "Depo: k, hops along the cycle", "GSM: operations")):
         for row in rows:
             for n in experiment(row.logs)[0]:
