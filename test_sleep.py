@@ -2358,14 +2358,13 @@ def test_commands_of_the_readme_parse():
             train.build(options | {"init": None, "dtype": "float32"})
 
 
-def test_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """Guards the example of a trained model in use."""
+def test_a_trained_model_is_used_as_the_readme_says(tmp_path, monkeypatch):
+    """Guards the three statements with which a run's model reads a token."""
     monkeypatch.chdir(tmp_path)
     run_of("out/rule110-001", "--loops 2")
-    [example] = [block for block in BLOCKS if block.startswith("import ")]
-    capsys.readouterr()
-    exec(example, {})
-    assert re.fullmatch("last answer [01] of [01]\n", capsys.readouterr().out)
+    names = {"train": train, "sleep": sleep_file, "token": torch.tensor([1])}
+    exec("\n".join(re.findall(r"`(\w+(?:, \w+)* = \w+\.\w+\([^`]*\))`", README)), names)
+    assert names["loops"] == 2 and names["logits"].shape == (1, names["model"].config.vocab_size)
 
 
 def test_additions_of_the_readme_work(tmp_path, start):
