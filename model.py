@@ -113,12 +113,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None,
 # at once, is two products of matrices; only the vectors u_t are different from rule to rule.
 
 def decays(log_alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """log_alpha (B, H, L) -> what is left at token t of the starting S, gamma (B, H, L, 1), and of
-    what token j wrote, D (B, H, L, L), which is 1 for j = t and 0 for j > t."""
+    """log_alpha (B, H, L) -> gamma (B, H, L, 1), the share of the starting S that is left at token
+    t, and D (B, H, L, L), the share of what token j wrote: 1 for j = t, 0 for j > t."""
     L = log_alpha.shape[2]
     g = log_alpha.cumsum(-1)  # log gamma
     future = torch.ones(L, L, dtype=torch.bool, device=g.device).triu(1)
-    # Masked after exp, gradients would be NaN.
+    # Masked before exp: after it gradients would be NaN.
     D = (g[..., :, None] - g[..., None, :]).masked_fill(future, -math.inf).exp()
     return g.exp()[..., None], D
 
@@ -149,8 +149,8 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: T
 
     Token t really writes u_t k_t^T with u_t = beta_t (v_t - alpha_t S_{t-1} k_t). With S_{t-1}
     unrolled as above, the L vectors u are the solution of a lower triangular system. Solve it by
-    substitution only: the keys of a window of bits are nearly collinear, so that an inverse by
-    powers explodes.
+    substitution only: the keys of a window of bits are nearly collinear, so that the sum of
+    A's powers explodes.
     """
     (gamma, D), beta = decays(log_alpha), beta[..., None]
     u = beta * v
@@ -243,7 +243,7 @@ class ShortConv(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """The SSM mixer, of any rule: x (B, L, d), tail, S -> output (B, L, d), new tail, new S."""
+    """GDN's mixer with any rule: x (B, L, d), tail, S -> output (B, L, d), new tail, new S."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -273,7 +273,7 @@ class GatedDeltaNet(nn.Module):
 class Block(nn.Module):
     """Sequence mixer, then MLP, each with a norm before it and a residual around it.
 
-    Kind m, an SSM block without MLP, is for insertion into a trained model: it starts as identity.
+    Kind m, an SSM block without MLP, is grafted into a trained model: it starts as identity.
     """
 
     def __init__(self, config: Config, kind: str):
@@ -288,9 +288,9 @@ class Block(nn.Module):
             nn.init.zeros_(self.mixer.out.weight)
 
     def forward(self, h: Tensor, cache: Cache | Tail | None, S: Tensor | None, *, need_h: bool):
-        """h (B, L, d), what the block remembers -> the same after these L tokens.
+        """h (B, L, d), the block's cache and S -> the same after these L tokens.
 
-        need_h = False: nobody needs that h. It is None, and what only it needs is left out."""
+        need_h = False: the new h is not needed. It is None, and what only it needs is left out."""
         o, cache, S = self.mixer(norm(h).to(self.dtype), cache, S)
         if self.keep == 0:
             cache = without_gradient(cache)
@@ -327,7 +327,7 @@ class Hybrid(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) -> h (B, L, d). Raises ValueError if tokens are no whole numbers.
 
-        A fast form: one product, since the gradient of a lookup would have to sort.
+        A fast form: one product, since the gradient of a lookup sorts the tokens.
         """
         if tokens.is_floating_point() or tokens.ndim != 2:
             raise ValueError(f"tokens {tuple(tokens.shape)}, {tokens.dtype}: must be whole numbers "

@@ -4,7 +4,7 @@ A hybrid of attention and SSM blocks has two memories. The *cache* is short-term
 values of attention and the latest inputs of the SSM blocks' convolutions. It grows with every
 token, and it is evicted every L tokens. The *fast weights* S of the SSM blocks are long-term: their
 size is fixed, and they survive. Just before the cache goes, the model sleeps: it runs N passes over
-the window it still remembers, and each pass refines S. Nothing else changes: answering later is one
+the tokens of the window, and each pass refines S. Nothing else changes: answering later is one
 ordinary forward pass. N = 1 is the plain hybrid; the code has no special case for it.
 
 Letters, here and in model.py (the code's name in parentheses where it differs):
@@ -29,10 +29,10 @@ def passes(model: Hybrid, tokens: Tensor, memory: Memory, loops: int, *,
            need_h: bool = True) -> tuple[Tensor | None, Memory]:
     """N = loops passes over one window: tokens (B, L) -> h (B, L, d), memory after the final pass.
 
-    memory is what held before the window. h and S go on from pass to pass. Each pass makes the
+    memory is that from before the window. h and S go on from pass to pass. Each pass makes the
     window's keys and values anew and reads them beside those kept from earlier windows. The prelude
     and the coda are blocks that run once; by default there are none, and the core is all blocks.
-    need_h = False: nobody needs the final h, so that the last block leaves it out; it is None.
+    need_h = False: the final h is not needed; the last block leaves it out, and it is None.
     Raises ValueError if loops is no whole number from 1 on.
     """
     check_loops(loops)
@@ -52,7 +52,7 @@ def check_loops(loops: int):
 def wake(model: Hybrid, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
     """Read: tokens (B, L) -> logits (B, L, vocabulary) and the memory after it. One ordinary pass.
 
-    A window may be read in pieces. To train, read it at once: an evicted cache bears no gradient.
+    A window may be read in pieces. To train, read it at once: hard eviction detaches the cache.
     """
     h, memory = passes(model, tokens, memory, 1)
     return model.unembed(h), memory
@@ -61,7 +61,7 @@ def wake(model: Hybrid, tokens: Tensor, memory: Memory) -> tuple[Tensor, Memory]
 def sleep(model: Hybrid, tokens: Tensor, memory: Memory, loops: int) -> Memory:
     """N = loops passes over one window (Eq. 6), before its cache is evicted: only memory remains.
 
-    tokens (B, L) are the window's; memory is what held when the window began, not what reading it
+    tokens (B, L) are the window's; memory is that of the window's start, not what reading it
     awake has made of S since. That S is provisional; for N = 1 a sleep computes it again, up to
     rounding. h is dropped. So S (and what `evict` keeps of the cache) is the only road from this
     window to the future, and the only road for gradients back into it.
@@ -94,8 +94,8 @@ class Window(NamedTuple):
 def cut(targets: Tensor, length: int) -> list[Window]:
     """Cut targets (B, T), IGNORE where not scored, into windows of at most `length` tokens.
 
-    A task's layout is fixed, so a window is of one kind for the whole batch and for every batch.
-    Training calls this once: no step has to wait for the device to learn which window is scored.
+    A task scores all its sequences at the same places, so a window is of one kind for every batch.
+    Training calls this once, so that no step waits for the device to tell which window is scored.
     """
     scored = (targets != IGNORE).any(0).tolist()
     starts = range(0, len(scored), length)
@@ -136,7 +136,7 @@ class Stream:
 
     A token costs one single-token pass, whatever N is. Between tokens the stream holds the window's
     tokens and two memories, the provisional one and that of the window's start: bounded, however
-    long the text, unless nothing is ever evicted. The logits are those of `algorithm1` up to
+    long the text, except with eviction none. The logits are those of `algorithm1` up to
     rounding as long as only the last window is scored: training does not sleep on a scored window
     in the middle, but a stream, which cannot know, does. Raises ValueError if loops or batch_size
     is less than 1.
@@ -169,7 +169,7 @@ class Stream:
             slept = sleep(self.model, torch.stack(tokens, dim=1), start, self.loops)
             start, tokens = evict(slept, c.keep), []
             memory = start
-        self.start, self.memory, self.tokens = start, memory, tokens  # not before all is computed
+        self.start, self.memory, self.tokens = start, memory, tokens  # only once all is computed
         return logits[:, -1]
 
     def bytes(self) -> dict[str, int]:

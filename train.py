@@ -43,7 +43,7 @@ from sleep import IGNORE, Window, algorithm1, cut
 
 CHUNK = 64        # training batches drawn in one call
 CHECK_EVERY = 10  # steps between looks at the loss, each of which waits for the device
-TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()  # it started us
+TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= os.environ.keys()  # it runs this
 RANK, RANKS = (int(os.environ[x]) if TORCHRUN else n for x, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
@@ -67,8 +67,8 @@ def orthogonalize(x: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024) for parameters that are stacks of matrices (n, rows, cols).
 
-    The update of torch.optim.Muon without weight decay; but matrices of one shape go through
-    `orthogonalize` together, and in float32 on a CPU.
+    The update is that of torch.optim.Muon without weight decay. Matrices of one shape go through
+    `orthogonalize` together, on a CPU in float32.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
@@ -96,8 +96,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: Hybrid, muon_lr: float, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest. Rates live in tensors, where a
-    recorded step reads them."""
+    """Muon for the matrices of the blocks, AdamW for the rest. Rates are tensors, so that a step
+    that is recorded as a CUDA graph reads them anew."""
     matrices = [p for p in model.layers.parameters() if p.requires_grad and p.ndim == 3]
     taken = set(matrices)
     rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
@@ -180,7 +180,7 @@ def evaluate_levels(model: Hybrid, held_out: dict, loops: int, windows: list[Win
 
 
 def seen(task: Task, options: argparse.Namespace, size: int) -> list[Tensor]:
-    """The first sequences trained on, at most `size`: do they fare better than held-out ones?
+    """The first sequences trained on, at most `size`, to compare with held-out ones.
 
     They are of the training mixture, which for depo is easier than what is evaluated.
     """
@@ -211,7 +211,7 @@ def evaluation(run: "Run", held_out: dict) -> dict:
 # ----------------------------------------------------------------------------------------- the loop
 
 def windows_of(task: Task, length: int) -> list[Window]:
-    """The windows of every sequence of a task: scored are those that reach scored_from."""
+    """The windows of every sequence of a task. Those that reach scored_from are scored."""
     targets = torch.full((1, task.length), IGNORE)
     targets[:, task.scored_from:] = 0
     return cut(targets, length)
@@ -219,7 +219,7 @@ def windows_of(task: Task, length: int) -> list[Window]:
 
 def passes_over(windows: list[Window], loops: int, config: Config) -> float:
     """What N costs: the token passes of one sequence. A token counts once where it is read awake,
-    and asleep once for each pass over all blocks; a pass over some counts as their share."""
+    and N times asleep; a pass over some of the blocks counts as their share."""
     i, j = config.looped
     asleep = 1 + (loops - 1) * (j - i) / len(config.layout)
     return sum((stop - start) * (1 if scored else asleep) for start, stop, scored in windows)
@@ -227,7 +227,7 @@ def passes_over(windows: list[Window], loops: int, config: Config) -> float:
 
 def train_model(run: "Run", held_out: dict, stop: threading.Event) -> list[dict]:
     """Train to the last step -> all evaluations. Once `stop` is set it saves after the step in
-    progress and raises Halt. It also does, without saving, if a loss or gradient is not finite."""
+    progress and raises Halt. If a loss or gradient is not finite, it raises Halt unsaved."""
     options, tokens = run.options, run.options.batch * run.task.length  # tokens of a step
     step = recorded(partial(training_step, run.model, run.optimizers, run.loops, run.windows),
                     run.model, options.fast)

@@ -20,6 +20,7 @@ from sleep import IGNORE, Stream, evict, sleep, wake  # noqa: E402
 from train import Halt, Parser, in_one_line, load, reading, windows_of  # noqa: E402
 
 LAPTOP = Path(__file__).resolve().parent / "laptop"  # weights of the default run
+SEED = 20  # of the sequence that is shown
 
 
 def find(given: Path | None) -> Path:
@@ -57,7 +58,7 @@ def night(argv: list[str]):
     path = find(parser.parse_args(argv).run)
     with reading(path, "a checkpoint that this train.py made"):
         task, model, loops = load(path)
-    random, L, keep = torch.Generator().manual_seed(0), model.config.window, model.config.keep
+    random, L, keep = torch.Generator().manual_seed(SEED), model.config.window, model.config.keep
     tokens, targets = task.batch(1, random, "held-out", task.levels[-1])
     windows = windows_of(task, L)
     asleep, asked = windows[:-1], windows[-1].start  # asked: where the last window begins
