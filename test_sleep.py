@@ -575,7 +575,8 @@ def test_pieces_of_a_long_window_equal_token_loop(rule, L):
 @pytest.mark.parametrize("rule, L, decay, dtype", [*product(
     RULES, (1, 24, 130), (0.0, -1e-6, -1.0, -1e4), (torch.float32, torch.bfloat16))])
 def test_rules_at_their_limits(rule, L, decay, dtype):
-    """Guards a window of one and the same key, nothing forgotten or everything, beta next to 1."""
+    """Guards a window of one and the same key, nothing forgotten or everything, beta next to 1: a
+    rule must not lose float32's precision there."""
     q, k, v, log_alpha, beta, S = (x.detach() for x in rule_inputs(L, V=4))
     inputs = [q, k[:, :, :1].expand_as(k), v, torch.full_like(log_alpha, decay), 1 - 1e-3 * beta, S]
     rounded = [x.to(dtype if i < 3 else torch.float32) for i, x in enumerate(inputs)]
@@ -870,6 +871,8 @@ def test_every_task_keeps_its_promises(name):
         scored = targets != IGNORE
         assert not scored[:, :task.scored_from].any(), "score nothing before scored_from"
         assert scored.any(1).all(), "score something in every sequence"
+        assert train.windows_of(task, task.window) == cut(targets, task.window), (
+            "scored_from is the first place that is scored, and every later window is")
         for row in zip(tokens.tolist(), targets.tolist()):
             READ[type(task)](task, *row)
         seen.setdefault(split, set()).update(map(tuple, tokens[:, :task.scored_from].tolist()))
@@ -2108,6 +2111,8 @@ def test_every_variant_has_its_words(name):
     named = {name for names, *_ in WORDS for name in names.split("+")} | {"graft"}
     assert name in named, "name the variant in WORDS"
     assert named <= variants.VARIANTS.keys(), "name the variant in VARIANTS"
+    assert f'"{name}" in changed' in inspect.getsource(literal_algorithm1) or name == "graft", (
+        f'literal_algorithm1 must say what {name} changes: if "{name}" in changed')
 
 
 @pytest.mark.parametrize("variant, layout, loops, shape", WORDS)

@@ -22,7 +22,8 @@ from model import Hybrid, Memory  # noqa: E402
 
 
 def position():
-    """A learned vector for each place in the window, which the paper does not name.
+    """A learned vector for each place in the window, which the paper does not name. (A token that
+    is read by itself gets the first place's: not for a Stream.)
     Doubt: does N = 1 only lack positions? results/README.md#what-does-a-position-do"""
     class Positioned(Hybrid):
         def __init__(self, config):
