@@ -872,7 +872,7 @@ def test_every_task_keeps_its_promises(name):
         assert not scored[:, :task.scored_from].any(), "score nothing before scored_from"
         assert scored.any(1).all(), "score something in every sequence"
         assert train.windows_of(task, task.window) == cut(targets, task.window), (
-            "scored_from is the first place that is scored, and every later window is")
+            "scored_from is the first scored place, and every later window has some")
         for row in zip(tokens.tolist(), targets.tolist()):
             READ[type(task)](task, *row)
         seen.setdefault(split, set()).update(map(tuple, tokens[:, :task.scored_from].tolist()))
