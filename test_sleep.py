@@ -2370,7 +2370,9 @@ def test_a_trained_model_is_used_as_the_readme_says(tmp_path, monkeypatch):
     run_of("out/rule110-001", "--loops 2")
     names = {"train": train, "sleep": sleep_file, "token": torch.tensor([1])}
     exec("\n".join(re.findall(r"`(\w+(?:, \w+)* = \w+\.\w+\([^`]*\))`", README)), names)
-    assert names["loops"] == 2 and names["logits"].shape == (1, names["model"].config.vocab_size)
+    model = names["model"]
+    awake, _ = wake(model, names["token"][:, None], model.empty_memory(1))
+    assert names["loops"] == 2 and torch.equal(names["logits"], awake[:, 0])
 
 
 def test_additions_of_the_readme_work(tmp_path, start):
