@@ -39,7 +39,8 @@ BLOCK = re.compile(r"^<!-- table: (.*) -->\n((?:(?!<!-- ).*\n)*)<!-- end -->$", 
 RUNS = ("experiment | command: `python train.py` ... | logs | exact, % | floor | seeds | tokens | "
         "minutes | commit | PFLOPs")
 COMPARED = "asked | first | second | exact, % of the first | of the second | p, % | ahead"
-LAPTOP, BASE, GSM = "laptop/seed*.jsonl", "small/base-s*.jsonl", "gsm/ops6-half-s*.jsonl"
+LAPTOP, BASE = "laptop/seed*.jsonl", "small/base-s*.jsonl"
+DEPO, GSM = "depo/nodes8-N*x4-s*.jsonl", "gsm/ops6-half-s*.jsonl"
 
 
 class Row(NamedTuple):
@@ -489,20 +490,24 @@ def laptop(figure):
 
 def reach(figure):
     """Tokens, and FLOPs, until 30 % of the held-out sequences are exact, by t: a dot for each seed,
-    a line through the medians. Of at least three seeds."""
+    a triangle for one that was not there when the tokens were spent, a line through the medians."""
     axes = figure.subplots(1, 2)
-    seeds = {(t, n): len(reach_logs(t, n)) for t, n in product(PROTOCOL, COLOURS)}
     for axis, name, price in ((axes[0], "training tokens, millions", lambda t, n: 1e-6),
                               (axes[1], "training PFLOPs",
                                lambda t, n: 1e-15 * flops_of_a_token(t, n))):
         for n, colour in COLOURS.items():
-            points = {t + (n - 2.5) / 10: [price(t, n) * x for x in tokens_to(t, n, 0.3)]
-                      for t in PROTOCOL if seeds[t, n] >= 3}  # beside each other
-            if points:
-                dotted(axis, points, colour, f"N = {n}")
-        axis.set(xlabel="t, steps of the automaton", ylabel=f"{name},\nto 30 % exact", yscale="log",
-                 xticks=sorted({t for t, n in seeds if seeds[t, n] >= 3}))
+            needed = {t: tokens_to(t, n, 0.3) for t in PROTOCOL if reach_logs(t, n)}
+            beside = 1 + (n - 2.5) / 50
+            if needed:
+                dotted(axis, {t * beside: [price(t, n) * x for x in seeds]
+                              for t, seeds in needed.items()}, colour, f"N = {n}")
+            for t in (t for t, seeds in needed.items() if np.inf in seeds):
+                axis.plot(t * beside, price(t, n) * PROTOCOL[t][0] * 1e6, "^", ms=3.5, mew=0,
+                          alpha=0.6, color=colour)
+        axis.set(xlabel="t, steps of the automaton", ylabel=f"{name},\nto 30 % exact", xscale="log",
+                 yscale="log", xticks=[*PROTOCOL])
         axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
     outside(axes[1])
@@ -565,13 +570,12 @@ def scarce(figure):
 def tasks(figure):
     """Exact accuracy on Depo by hops and on GSM by operations."""
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, rows, label in zip(axes, (TABLES["depo"], [ROWS[GSM]]), (
-            "Depo: k, hops along the cycle", "GSM: operations")):
-        for row in rows:
-            for n in experiment(row.logs)[0]:
-                records = ends(row.logs, n)
-                floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
-                dotted(axis, {x: exact(records, str(x)) for x in floors}, COLOURS[n], f"N = {n}")
+    for axis, pattern, label in ((axes[0], DEPO, "Depo: k, hops along the cycle"),
+                                 (axes[1], GSM, "GSM: operations")):
+        for n in experiment(pattern)[0]:
+            records = ends(pattern, n)
+            floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
+            dotted(axis, {x: exact(records, str(x)) for x in floors}, COLOURS[n], f"N = {n}")
         axis.plot([*floors], [100 * y for y in floors.values()], **FLOOR, label="floor")
         axis.set(xlabel=label, ylim=(0, 102), xticks=[*floors])
     axes[0].set(ylabel="exact, %")
