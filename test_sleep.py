@@ -2379,7 +2379,9 @@ def test_additions_of_the_readme_work(tmp_path, start):
     """Guards "add a task" and "add an update rule": in a copy, made as the README says."""
     there = tmp_path / "copy"
     shutil.copytree(HERE, there, ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
-    task, rule, checks = (block for block in BLOCKS if re.search("class|def", block))
+    (task, of_task), (rule, of_rule) = (
+        re.split("# at the end of test_sleep.py.*", block) for block in BLOCKS
+        if re.search("class|def", block))
     for name, line, new in (
             ("data.py", "\nTASKS = {", f'\n{task}\n\nTASKS = {{"parity": Parity, '),
             ("model.py", "\nRULES = {", f'\n{rule}\n\nRULES = {{"linear": linear, ')):
@@ -2387,7 +2389,7 @@ def test_additions_of_the_readme_work(tmp_path, start):
         assert text.count(line) == 1
         (there / name).write_text(text.replace(line, new))
     text = (there / "test_sleep.py").read_text()
-    (there / "test_sleep.py").write_text(f"{text}\n\n{checks}")
+    (there / "test_sleep.py").write_text(f"{text}\n\n{of_task}\n{of_rule}")
     (there / "everything.py").write_text(  # in one process, since imports take long
         "import pytest, train\n"
         "from results import render\n"
