@@ -308,7 +308,7 @@ def reach_table() -> str:
                 joined(log.header["commit"] for log in logs)])
     return table("t | N | seeds | tokens to 30 %, millions | to 50 % | to 90 % | times fewer to "
                  "30 % than N = 1 | FLOPs of a token, times those of N = 1 | p of 30 %, % | p of "
-                 "the last level, % | seconds to it | device | commit", rows)
+                 "the last level, % | seconds to the last level | device | commit", rows)
 
 
 @cache
@@ -361,22 +361,23 @@ def dream_table() -> str:
 
 
 def speed_tables() -> str:
-    """The rows of every log of results/bench.py that is here; the bytes of both memories."""
+    """The rows of results/bench.py's logs with their first L (the figure has the others); the bytes
+    of both memories."""
     rows, held = [], []
     for _, header, (first, *records), _ in read("bench/**/*.jsonl"):
         for row in records:
-            if "ms" in row:
+            if row.get("window") == records[0]["window"]:
                 peak = f"{row['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in row else "-"
                 rows.append([card(header), f"{header['config']['batch']}", f"{row['loops']}",
-                             f"{row['window']}", f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.0f}",
+                             f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.0f}",
                              f"{row['flops'] / first['matrix_rate']:.1%}", peak,
                              *(f"{row[name]:.1f}" for name in (
                                  "first_step_s", "wake_ms", "sleep_ms")), header["commit"]])
-            elif row["windows"] in (1, 1000):
+            elif row.get("windows") in (1, 1000):
                 held.append(tuple(f"{row[name]:,}" for name in (
                     "windows", "tokens", "S", "cache", "never_evicted")))
     return "\n\n".join([
-        table("device | batch | N | L | ms a step | tokens/s | share of peak | peak MiB | "
+        table("device | batch | N | ms a step | tokens/s | share of peak | peak MiB | "
               "first step, s | wake, ms | sleep, ms | commit", rows),
         table("windows read | tokens | S, bytes | cache, bytes | cache if never evicted, bytes "
               "(computed)", dict.fromkeys(held))
