@@ -502,15 +502,17 @@ def reach(figure):
             if needed:
                 dotted(axis, {t * beside: [price(t, n) * x for x in seeds]
                               for t, seeds in needed.items()}, colour, f"N = {n}")
-            for t in (t for t, seeds in needed.items() if np.inf in seeds):
-                axis.plot(t * beside, price(t, n) * PROTOCOL[t][0] * 1e6, "^", ms=3.5, mew=0,
-                          alpha=0.6, color=colour)
+            for t, seeds in needed.items():
+                if np.inf in seeds:
+                    axis.plot(t * beside, price(t, n) * PROTOCOL[t][0] * 1e6, "^", ms=3.5, mew=0,
+                              alpha=0.6, color=colour)
         axis.set(xlabel="t, steps of the automaton", ylabel=f"{name},\nto 30 % exact", xscale="log",
                  yscale="log", xticks=[*PROTOCOL])
         axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
+    axes[1].plot([], [], "k^", ms=3.5, label="not reached")
     outside(axes[1])
 
 
