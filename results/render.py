@@ -40,7 +40,8 @@ RUNS = ("experiment | command: `python train.py` ... | logs | exact, % | floor |
         "minutes | commit | PFLOPs")
 COMPARED = "asked | first | second | exact, % of the first | of the second | p, % | ahead"
 LAPTOP, BASE = "laptop/seed*.jsonl", "small/base-s*.jsonl"
-DEPO, GSM = "depo/nodes8-N*x4-s*.jsonl", "gsm/ops6-half-s*.jsonl"
+STAIR = {n: f"depo/stair-N{n}-s*.jsonl" for n in (1, 2, 4)}
+GSM = "gsm/ops6-half-s*.jsonl"
 
 
 class Row(NamedTuple):
@@ -199,7 +200,8 @@ def runs_table(rows: list[Row]) -> str:
     text = table(RUNS, map(row_of, rows))
     if of := read(rows[0].logs)[0].records[0].get("levels"):
         text += "\n\n" + table(" | ".join(["exact, % by level", *of]), [
-            *([f"{row.name}, N = {n}", *(scored(row.logs, n, level) for level in of)]
+            *([f"{row.name}, N = {n}", *(scored(row.logs, n, level) if level in ends(
+                row.logs, n)[0]["levels"] else "-" for level in of)]
               for row in rows for n in experiment(row.logs)[0]),
             ["floor", *(f"{100 * level['floor']:.1f}" for level in of.values())]])
     return text
@@ -362,7 +364,7 @@ def dream_table() -> str:
 
 def speed_tables() -> str:
     """The rows of results/bench.py's logs with their first L (the figure has the others); the bytes
-    of both memories."""
+    of both memories in bfloat16."""
     rows, held = [], []
     for _, header, (first, *records), _ in read("bench/**/*.jsonl"):
         for row in records:
@@ -373,7 +375,7 @@ def speed_tables() -> str:
                              f"{row['flops'] / first['matrix_rate']:.1%}", peak,
                              *(f"{row[name]:.1f}" for name in (
                                  "first_step_s", "wake_ms", "sleep_ms")), header["commit"]])
-            elif row.get("windows") in (1, 1000):
+            elif row.get("windows") in (1, 1000) and header["config"]["dtype"] == "bfloat16":
                 held.append(tuple(f"{row[name]:,}" for name in (
                     "windows", "tokens", "S", "cache", "never_evicted")))
     return "\n\n".join([
@@ -457,13 +459,14 @@ def dotted(axis, points: dict[float, list[float]], colour, label: str):
         axis.plot([at] * len(seeds), seeds, "o", ms=2.5, mew=0, alpha=0.6, color=colour)
 
 
-def spent(pattern: str, n: int) -> tuple[list[int], list[float], list[list[float]]]:
+def spent(pattern: str, n: int, level: str | None = None
+          ) -> tuple[list[int], list[float], list[list[float]]]:
     """In the course of training with N = n: tokens, FLOPs, exact accuracy of all seeds in %."""
     points = defaultdict(list)
     for log in experiment(pattern)[1]:
         for record in log.records:
             if record["loops"] == n:
-                points[record["tokens"], flops(pattern, n) * record["step"]] += exact([record])
+                points[record["tokens"], flops(pattern, n) * record["step"]] += exact([record], level)
     tokens, cost = map(list, zip(*points))
     return tokens, cost, [*points.values()]
 
@@ -571,18 +574,23 @@ def scarce(figure):
 
 
 def tasks(figure):
-    """Exact accuracy on Depo by hops and on GSM by operations."""
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, pattern, label in ((axes[0], DEPO, "Depo: k, hops along the cycle"),
-                                 (axes[1], GSM, "GSM: operations")):
-        for n in experiment(pattern)[0]:
+    """Exact accuracy on Depo by hops, and at four hops against FLOPs; on GSM by operations."""
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, patterns, label in (
+            (axes[0], STAIR, "Depo: hops"),
+            (axes[2], dict.fromkeys(experiment(GSM)[0], GSM), "GSM: operations")):
+        for n, pattern in patterns.items():
             records = ends(pattern, n)
             floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
             dotted(axis, {x: exact(records, str(x)) for x in floors}, COLOURS[n], f"N = {n}")
         axis.plot([*floors], [100 * y for y in floors.values()], **FLOOR, label="floor")
         axis.set(xlabel=label, ylim=(0, 102), xticks=[*floors])
+    for n, pattern in STAIR.items():
+        _, cost, seeds = spent(pattern, n, "4")
+        dotted(axes[1], {x / 1e15: y for x, y in zip(cost, seeds)}, COLOURS[n], f"N = {n}")
     axes[0].set(ylabel="exact, %")
-    outside(axes[1])
+    axes[1].set(xlabel="Depo, four hops:\ntraining PFLOPs")
+    outside(axes[2])
 
 
 def speed(figure):
