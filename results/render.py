@@ -203,7 +203,9 @@ def runs_table(rows: list[Row]) -> str:
             *([f"{row.name}, N = {n}", *(scored(row.logs, n, level) if level in ends(
                 row.logs, n)[0]["levels"] else "-" for level in of)]
               for row in rows for n in experiment(row.logs)[0]),
-            ["floor", *(f"{100 * level['floor']:.1f}" for level in of.values())]])
+            ["floor", *(joined(f"{100 * log.records[0]['levels'][level]['floor']:.1f}"
+                               for row in rows for log in read(row.logs)
+                               if level in log.records[0]["levels"]) for level in of)]])
     return text
 
 
@@ -584,8 +586,8 @@ def tasks(figure):
             floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
             dotted(axis, {x: exact(records, str(x)) for x in floors}, COLOURS[n], f"N = {n}")
         axis.plot([*floors], [100 * y for y in floors.values()], **FLOOR, label="floor")
-        axis.set(xlabel=label, ylim=(0, 102), xticks=[*floors])
-    for n, pattern in STAIR.items():
+        axis.set(xlabel=label, ylim=(-3, 102), xticks=[*floors])
+    for n, pattern in reversed(STAIR.items()):  # the lowest on top
         _, cost, seeds = spent(pattern, n, "4")
         dotted(axes[1], {x / 1e15: y for x, y in zip(cost, seeds)}, COLOURS[n], f"N = {n}")
     axes[0].set(ylabel="exact, %")
