@@ -198,14 +198,14 @@ def row_of(row: Row) -> list[str]:
 def runs_table(rows: list[Row]) -> str:
     """A table of runs; where a task has levels, exact by level in a second one below."""
     text = table(RUNS, map(row_of, rows))
-    if of := read(rows[0].logs)[0].records[0].get("levels"):
-        text += "\n\n" + table(" | ".join(["exact, % by level", *of]), [
-            *([f"{row.name}, N = {n}", *(scored(row.logs, n, level) if level in ends(
-                row.logs, n)[0]["levels"] else "-" for level in of)]
-              for row in rows for n in experiment(row.logs)[0]),
-            ["floor", *(joined(f"{100 * log.records[0]['levels'][level]['floor']:.1f}"
-                               for row in rows for log in read(row.logs)
-                               if level in log.records[0]["levels"]) for level in of)]])
+    had = {row: read(row.logs)[0].records[0].get("levels", {}) for row in rows}
+    if levels := dict.fromkeys(level for of in had.values() for level in of):
+        text += "\n\n" + table(" | ".join(["exact, % by level", *levels]), [
+            *([f"{row.name}, N = {n}",
+               *(scored(row.logs, n, level) if level in of else "-" for level in levels)]
+              for row, of in had.items() for n in experiment(row.logs)[0]),
+            ["floor", *(joined(f"{100 * of[level]['floor']:.1f}"
+                               for of in had.values() if level in of) for level in levels)]])
     return text
 
 
@@ -463,12 +463,14 @@ def dotted(axis, points: dict[float, list[float]], colour, label: str):
 
 def spent(pattern: str, n: int, level: str | None = None
           ) -> tuple[list[int], list[float], list[list[float]]]:
-    """In the course of training with N = n: tokens, FLOPs, exact accuracy of all seeds in %."""
+    """In the course of training with N = n: tokens, FLOPs, exact accuracy of all seeds in %, at one
+    level or over all held-out sequences."""
     points = defaultdict(list)
     for log in experiment(pattern)[1]:
         for record in log.records:
             if record["loops"] == n:
-                points[record["tokens"], flops(pattern, n) * record["step"]] += exact([record], level)
+                cost = flops(pattern, n) * record["step"]
+                points[record["tokens"], cost] += exact([record], level)
     tokens, cost = map(list, zip(*points))
     return tokens, cost, [*points.values()]
 
