@@ -85,8 +85,8 @@ class Task:
     an attribute for each option, and
 
         window, length  L, the tokens between two evictions, and T, those of every sequence
-        scored_from     the first place that may be scored; in every sequence one from it on must
-                        be. To be read as a stream, all must be in the last window
+        scored_from     the first place that may be scored. Its window, every later one and every
+                        sequence have a scored place; for a Stream all are in the last window
 
     It defines batch(batch_size, random, split, level) -> tokens, targets: int64 (B, T) on the
     device of `random`, where all that is drawn comes from. Targets are IGNORE where not scored."""
