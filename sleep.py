@@ -94,8 +94,8 @@ class Window(NamedTuple):
 def cut(targets: Tensor, length: int) -> list[Window]:
     """Cut targets (B, T), IGNORE where not scored, into windows of at most `length` tokens.
 
-    A task scores all its sequences at the same places, so a window is of one kind for every batch.
-    Training calls this once, so that no step waits for the device to tell which window is scored.
+    A task's windows are of one kind in every batch. So training calls this once, and no step waits
+    for the device to tell which window is scored.
     """
     scored = (targets != IGNORE).any(0).tolist()
     starts = range(0, len(scored), length)
