@@ -860,10 +860,9 @@ def sizes():
     """Every task at its defaults, and with one whole number of them greater, where it may be."""
     for name, make in TASKS.items():
         yield name, {}
-        for option in make.options:
-            default = inspect.signature(make).parameters[option].default
-            with contextlib.suppress(TypeError, ValueError):  # a text; out of bounds
-                make(**(given := {option: default + 1}))
+        for option, parameter in inspect.signature(make).parameters.items():
+            with contextlib.suppress(TypeError, ValueError):  # no number; out of bounds
+                make(**(given := {option: parameter.default + 1}))
                 yield name, given
 
 
