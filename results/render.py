@@ -40,8 +40,7 @@ RUNS = ("experiment | command: `python train.py` ... | logs | exact, % | floor |
         "minutes | commit | PFLOPs")
 COMPARED = "asked | first | second | exact, % of the first | of the second | p, % | ahead"
 LAPTOP, BASE = "laptop/seed*.jsonl", "small/base-s*.jsonl"
-STAIR = {n: f"depo/stair-N{n}-s*.jsonl" for n in (1, 2, 4)}
-GSM = "gsm/ops6-half-s*.jsonl"
+STAIR, GSM = "depo/stair-N*-s*.jsonl", "gsm/ops6-half-s*.jsonl"
 
 
 class Row(NamedTuple):
@@ -580,17 +579,16 @@ def scarce(figure):
 def tasks(figure):
     """Exact accuracy on Depo by hops, and at four hops against FLOPs; on GSM by operations."""
     axes = figure.subplots(1, 3, sharey=True)
-    for axis, patterns, label in (
-            (axes[0], STAIR, "Depo, 12 nodes: hops"),
-            (axes[2], dict.fromkeys(experiment(GSM)[0], GSM), "GSM: operations")):
-        for n, pattern in patterns.items():
+    for axis, pattern, label in ((axes[0], STAIR, "Depo, 12 nodes: hops"),
+                                 (axes[2], GSM, "GSM: operations")):
+        for n in experiment(pattern)[0]:
             records = ends(pattern, n)
             floors = {int(x): level["floor"] for x, level in records[0]["levels"].items()}
             dotted(axis, {x: exact(records, str(x)) for x in floors}, COLOURS[n], f"N = {n}")
         axis.plot([*floors], [100 * y for y in floors.values()], **FLOOR, label="floor")
         axis.set(xlabel=label, ylim=(-3, 102), xticks=[*floors])
-    for n, pattern in reversed(STAIR.items()):  # the lowest on top
-        _, cost, seeds = spent(pattern, n, "4")
+    for n in reversed(experiment(STAIR)[0]):  # the lowest on top
+        _, cost, seeds = spent(STAIR, n, "4")
         dotted(axes[1], {x / 1e15: y for x, y in zip(cost, seeds)}, COLOURS[n], f"N = {n}")
     axes[0].set(ylabel="exact, %")
     axes[1].set(xlabel="12 nodes, four hops:\ntraining PFLOPs")
