@@ -2279,11 +2279,12 @@ def test_every_number_of_a_row_is_of_its_logs(tmp_path, monkeypatch):
         header = {"hardware": "NVIDIA H200", "commit": "c",
                   "config": config | {"seed": seed} | other}
         records = [{"loops": n, "step": step, "tokens": 3e6, "floor": 0.25, "seconds": 90.0,
-                    "exact": exact * n if step else 0} for n in (1, 2) for step in (0, 8)]
+                    "exact": exact * n if step else 0} | levels for n in (1, 2) for step in (0, 8)]
         (tmp_path / f"x{seed}.jsonl").write_text("\n".join(map(json.dumps, [header, *records])))
         render.read.cache_clear()
         render.experiment.cache_clear()
 
+    levels = {}
     for seed, score in enumerate((0.25, 0.5, 0.3), 1):
         log(seed, score)
     monkeypatch.setattr(render, "flops", lambda logs, n: n * 1e15 / 8)
@@ -2300,6 +2301,11 @@ def test_every_number_of_a_row_is_of_its_logs(tmp_path, monkeypatch):
     assert render.compared(pair).endswith(
         "| a | `x*.jsonl N = 2` | `x*.jsonl N = 1` | 64.0 [58.0, 68.0] (5) | "
         "32.0 [29.0, 34.0] (5) | 0.794 | the first |")
+    assert render.side_of("x*.jsonl N = 2, FLOPs of N = 1") == [0] * 5  # half of its steps
+    levels["levels"] = {"4": {"exact": 0.75}}
+    for seed in range(1, 6):
+        log(seed, 0.5)
+    assert render.side_of("x*.jsonl N = 2, level 4") == [75] * 5
     for wrong, says in (({"t": 5}, "has t 5, not 4"), ({"position": "window"}, "position"),
                         ({"steps": 9}, "has steps 9")):
         log(2, 0.5, **wrong)

@@ -336,12 +336,22 @@ def ahead(ours: list[float], theirs: list[float]) -> bool:
     return bool(wins > 0 and mann_whitney(ours, theirs) <= 0.01)
 
 
+def side_of(cell: str) -> list[float]:
+    """Exact accuracy of the seeds that a comparison names, in %: "LOGS N = 4"; with ", level 2" at
+    this level; with ", FLOPs of N = 1" at the last evaluation within those of such a run."""
+    [(logs, n, level, most)] = re.findall(
+        r"^(\S+) N = (\d+)(?:, level (\d+))?(?:, FLOPs of N = (\d+))?$", cell)
+    most = int(most or n)
+    limit = flops(logs, most) * ends(logs, most)[0]["step"]
+    _, cost, scores = spent(logs, int(n), level)
+    return [seeds for x, seeds in zip(cost, scores) if x <= limit][-1]
+
+
 def compared(lines: str) -> str:
     """The table of comparisons: each row names logs and N of a first and a second."""
     rows = []
     for asked, *pair in (cells[:3] for cells in cells_of(lines)):
-        ours, theirs = (exact(ends(logs, int(n)))
-                        for logs, n in (side.split(" N = ") for side in pair))
+        ours, theirs = map(side_of, pair)
         if comb(len(ours + theirs), len(ours)) < 200:
             raise SystemExit(f"render.py: results/README.md: {asked}: {len(ours)} and "
                              f"{len(theirs)} seeds are too few to tell")
